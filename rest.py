@@ -1,0 +1,903 @@
+"""ResT: reshaping token-level policy gradients for tool-use LLMs (arXiv 2509.21826), in one file.
+
+    L = - 1/N  sum_i  1/T_i  sum_t  w_{i,t} min( rho_{i,t} A_i,  clip(rho_{i,t}, 1-eps, 1+eps) A_i )
+
+    rho = exp(logp - logp_old),  A_i = (r_i - group mean) / (group std + delta),  w = token weight, mean 1 per completion
+
+ResT is GRPO with three things removed and one added. Removed: the value network, the KL term, the reference model.
+Added: w. Every sampled token lies in a region (format, tool name, parameters, thought, free text); a region's weight falls with its
+mean policy entropy; a curriculum moves weight from structure to reasoning while training goes on. w = 1 is plain GRPO.
+
+One sample's life, which is also the order of this file (P prompts, G completions each, N = P*G, T completion tokens, V words):
+
+    row {messages, tools, gold}  -> prompt ids                 encode_prompt
+    -> tokens, logp_old, entropy, sampled mask    [N, T]       rollout   (parse_calls and execute run inside, if live)
+    -> region of every sampled token              [N, T]       tag_regions
+    -> reward per completion                      [N]          episode_reward
+    -> advantage                                  [P, G]       group_advantages
+    -> region entropy [6] -> weight [6] -> token weight [N, T] token_weights
+    -> logp with gradient                         [N, T]       completion_logps
+    -> scalar loss -> optimizer step                           policy_loss, update
+
+Where we depart from the paper (P) or from the authors' code (C), and why:
+  * P and C disagree about w: P reads it off the entropy, C uses constants and a clock. `--method rest` is P, `rest-official` is C.
+  * P does not publish the constants of its weights; ours are in Config. We divide raw weights by their token mean over the batch, so
+    that those constants mean the same at any entropy level.
+  * C finds regions by re-tokenising the decoded text and drops the last token of each span; we label the sampled ids themselves and
+    whole spans. C weights only the first call of a block and gives the end-of-turn token weight 0, so that nothing trains stopping;
+    we weight all calls and count end-of-turn as format.
+  * C divides by each micro-batch's own weight sum, so its gradient depends on the micro-batch size; our denominators are those of the
+    whole batch, fixed before the first micro-batch.
+  * P scales the whole reward with progress, which normalised advantages cancel (tests/test_theory.py); C rescales the format and
+    correctness parts against each other. We follow C.
+  * C lets a response-only answer keep its format point when it adds a call; our format reward asks for exactly the gold's blocks.
+"""
+
+import json
+import logging
+import math
+import re
+import threading
+from collections import Counter, deque
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from toy_tools.shared_prefix import PackedLayout, PlainDecoder, SharedDecoder, autocast, can_share, left_pad, sharing
+
+log = logging.getLogger("rest")
+
+# ---------------------------------------------------------------------------------------------------------------- configuration
+
+METHODS = ("rest", "rest-official", "rest-static", "no-thought", "grpo", "dr-grpo", "top-entropy")
+
+
+@dataclass
+class Config:
+    """Everything the algorithm needs; train_small.py turns each field into a command line flag."""
+
+    method: str = field(default="rest", metadata={"help": "How tokens are weighted: " + ", ".join(METHODS) + "."})
+    reward_scaling: str = field(default="dynamic", metadata={"help": "dynamic (parts rescaled with progress) or static (ToolRL)."})
+    raw_weight: str = field(default="one-minus-exp", metadata={"help": "one-minus-exp: 1/(1-exp(-H)); inverse: 1/H."})
+    min_entropy: float = field(default=0.05, metadata={"help": "Region entropies are clamped below at this many nats."})
+    alpha_format: float = field(default=0.5, metadata={"help": "Curriculum: how much weight format loses over the run."})
+    alpha_params: float = field(default=0.5, metadata={"help": "Curriculum: how much weight parameters gain over the run."})
+    alpha_thought: float = field(default=0.5, metadata={"help": "Curriculum: how much weight thoughts gain over the run."})
+    weight_min: float = field(default=0.2, metadata={"help": "The format weight does not fall below this."})
+    weight_max: float = field(default=5.0, metadata={"help": "Parameter and thought weights do not rise above this."})
+    top_entropy_fraction: float = field(default=0.2, metadata={"help": "Fraction of tokens that top-entropy trains."})
+    steps: int = field(default=60, metadata={"help": "Optimisation steps; progress is step/steps."})
+    prompts: int = field(default=16, metadata={"help": "Prompts per step (P)."})
+    group: int = field(default=8, metadata={"help": "Completions per prompt (G), at least 2."})
+    max_completion_tokens: int = field(default=112, metadata={"help": "Token budget of an episode, tool results included."})
+    max_turns: int = field(default=1, metadata={"help": "Assistant turns per episode; above 1 calls run and results are fed back."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; logp and entropy are those of this distribution."})
+    top_k: int = field(default=0, metadata={"help": "Must stay 0: truncated sampling would make the importance ratio wrong."})
+    top_p: float = field(default=1.0, metadata={"help": "Must stay 1.0, for the same reason."})
+    clip: float = field(default=0.2, metadata={"help": "epsilon of the clipped ratio."})
+    delta: float = field(default=1e-4, metadata={"help": "Added to the group's standard deviation."})
+    aggregation: str = field(default="", metadata={"help": "sequence, token or constant; empty: the method's own (dr-grpo: constant)."})
+    passes: int = field(default=1, metadata={"help": "Optimiser steps on each rollout batch."})
+    micro_batch_tokens: int = field(default=4096, metadata={"help": "Tokens per forward; changes memory and speed, not the gradient."})
+    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate of AdamW."})
+    warmup_steps: int = field(default=5, metadata={"help": "Steps of linear warm-up; then linear decay to a tenth of the peak."})
+    weight_decay: float = field(default=0.0, metadata={"help": "AdamW weight decay."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient norm is clipped to this."})
+    shared_prefix: bool = field(default=True, metadata={"help": "Forward each prompt once per group, not once per completion."})
+    tool_timeout: float = field(default=2.0, metadata={"help": "Seconds a tool may take before the model reads a time-out."})
+    seed: int = field(default=0, metadata={"help": "Seed of data order and sampling."})
+
+    def __post_init__(self):
+        def need(ok, message):
+            if not ok:
+                raise ValueError(message)
+        need(self.method in METHODS, f"unknown method {self.method!r}: choose one of {', '.join(METHODS)}")
+        need(self.reward_scaling in ("dynamic", "static"), f"reward_scaling must be dynamic or static, not {self.reward_scaling!r}")
+        need(self.raw_weight in RAW_WEIGHTS, f"raw_weight must be one of {', '.join(RAW_WEIGHTS)}, not {self.raw_weight!r}")
+        need(self.aggregation in ("", "sequence", "token", "constant"),
+             f"aggregation must be sequence, token or constant, not {self.aggregation!r}")
+        need(self.group >= 2, f"group is {self.group}, but advantages compare completions of one prompt: use at least 2")
+        need(self.top_k == 0 and self.top_p == 1.0,
+             "top_k/top_p truncate the sampling distribution, so the recorded logp would not be the one sampled from: leave them at 0 and 1.0")
+        need(self.temperature > 0, f"temperature must be above 0, not {self.temperature} (greedy decoding is for evaluation only)")
+        for name in ("steps", "prompts", "max_completion_tokens", "max_turns", "passes", "micro_batch_tokens"):
+            need(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        need(self.min_entropy > 0, f"min_entropy must be above 0 nats, not {self.min_entropy}: raw weights divide by the entropy")
+        need(0 < self.top_entropy_fraction <= 1, f"top_entropy_fraction must lie in (0, 1], not {self.top_entropy_fraction}")
+        need(0 < self.clip < 1, f"clip must lie in (0, 1), not {self.clip}")
+        self.aggregation = self.aggregation or ("constant" if self.method == "dr-grpo" else "sequence")
+
+
+# ------------------------------------------------------------------------------------------------------------ parsing tool calls
+
+class CallError(ValueError):
+    """A tool call that cannot run; its text is what the model reads."""
+
+
+class MalformedCall(CallError):
+    """Not one JSON object with a "name" and an object of "arguments" (or "parameters")."""
+
+
+class UnknownTool(CallError):
+    """No tool of that name is offered."""
+
+
+class InvalidArguments(CallError):
+    """The arguments do not fit the tool's schema, or the tool refused them."""
+
+
+@dataclass
+class Call:
+    name: str
+    arguments: dict
+
+
+@dataclass
+class Block:
+    """<kind>inner</kind> at text[start:end]; an unclosed block runs to the end of the text."""
+    kind: str
+    start: int
+    end: int
+    inner: tuple  # (start, end) of what stands between the tags
+    closed: bool
+    calls: list = field(default_factory=list)  # of a tool_call block: [(Call | MalformedCall, start, end, fields)]
+
+
+def _refuse(token):
+    raise ValueError(f"{token} is not JSON")
+
+
+def _finite(token):
+    return float(token) if math.isfinite(float(token)) else _refuse(token)
+
+
+JSON_DECODER = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite)
+OPENING_TAG = re.compile(r"<(think|tool_call|response)>")
+SPACE = re.compile(r"[ \t\r\n]*")
+MAX_DEPTH = 64  # nesting of arguments; deeper JSON is refused before anything recurses over it
+
+
+def split_blocks(text):
+    """The <think>, <tool_call> and <response> blocks of a completion, in order.
+
+    One scanner serves parser, reward and regions, so they cannot disagree. A thought ends at the first </think> whatever else it mentions;
+    a call block ends at the first </tool_call> that is not inside a JSON string.
+    >>> [(b.kind, b.closed) for b in split_blocks("<think>use <tool_call>?</think><response>no")]
+    [('think', True), ('response', False)]
+    """
+    blocks, pos = [], 0
+    while match := OPENING_TAG.search(text, pos):
+        kind, inner = match[1], match.end()
+        if kind == "tool_call":
+            calls, stop = _scan_calls(text, inner)
+        else:
+            calls, stop = [], text.find(f"</{kind}>", inner)
+        closed = 0 <= stop < len(text)
+        stop = stop if closed else len(text)
+        pos = stop + len(f"</{kind}>") if closed else len(text)
+        blocks.append(Block(kind, match.start(), pos, (inner, stop), closed, calls))
+    return blocks
+
+
+def _scan_calls(text, pos):
+    """Calls of a block from `pos` on, and where its closing tag (or the text's end) stands."""
+    calls = []
+    while True:
+        start = SPACE.match(text, pos).end()
+        if start == len(text) or text.startswith("</tool_call>", start):
+            return calls, start
+        fields, pos, error = _scan_object(text, start)
+        if error:  # resume on the next line or at the closing tag
+            pos = min(p for p in (text.find("\n", start), text.find("</tool_call>", pos), len(text)) if p >= 0)
+        calls.append((MalformedCall(error) if error else _to_call(fields), start, pos, fields))
+
+
+def _scan_object(text, pos):
+    """One top-level JSON object: {key: (value, start, end)}, the position behind it, and an error text or None.
+
+    A member that breaks off is kept with end = None, so that its characters still get their region."""
+    fields, key = {}, None
+    try:
+        if text[pos] != "{":
+            raise ValueError("a call must be a JSON object that starts with '{'")
+        pos = SPACE.match(text, pos + 1).end()
+        while text[pos] != "}":
+            key, pos = JSON_DECODER.raw_decode(text, pos)
+            pos = SPACE.match(text, pos).end()
+            if not isinstance(key, str) or key in fields or text[pos] != ":":
+                raise ValueError(f"bad or repeated key {str(key)[:40]!r}")
+            pos = SPACE.match(text, pos + 1).end()
+            fields[key] = (None, pos, None)
+            value, end = JSON_DECODER.raw_decode(text, pos)
+            if _depth(value) > MAX_DEPTH:
+                raise ValueError(f"nested more than {MAX_DEPTH} deep")
+            fields[key] = (value, pos, end)
+            pos = SPACE.match(text, end).end()
+            if text[pos] == ",":
+                pos = SPACE.match(text, pos + 1).end()
+                if text[pos] == "}":
+                    raise ValueError("a comma before '}'")
+            elif text[pos] != "}":
+                raise ValueError("expected ',' or '}'")
+        return fields, pos + 1, None
+    except RecursionError:
+        return fields, pos, f"nested more than {MAX_DEPTH} deep"
+    except IndexError:
+        return fields, min(pos, len(text)), "the JSON object is not closed"
+    except ValueError as error:  # JSONDecodeError, NaN, Infinity, integers of thousands of digits
+        return fields, pos, f"not valid JSON: {str(error)[:100]}"
+
+
+def _depth(value):
+    depth, level = 0, [value]
+    while level:  # level by level, so that no depth can exhaust the Python stack
+        depth += 1
+        level = [c for v in level if isinstance(v, (dict, list)) for c in (v.values() if isinstance(v, dict) else v)]
+    return depth
+
+
+def _to_call(fields):
+    name = fields.get("name", (None,))[0]
+    arguments = [fields[key][0] for key in ("arguments", "parameters") if key in fields]
+    if not isinstance(name, str) or not name:
+        return MalformedCall('a call needs a "name" that is a string')
+    if len(arguments) != 1 or not isinstance(arguments[0], dict):
+        return MalformedCall('a call needs one object of "arguments" (or "parameters")')
+    return Call(name, arguments[0])
+
+
+def parse_calls(text):
+    """All calls of a completion in order; an unreadable one is a MalformedCall in its place. Never raises.
+
+    >>> parse_calls('<think>a</think><tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>')
+    [Call(name='f', arguments={'x': 1})]
+    """
+    return [call for block in split_blocks(text) for call, *_ in block.calls]
+
+
+TYPES = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict, "null": type(None)}
+
+
+def validate(call, tools):
+    """Check a Call against the schemas ({"type": "function", "function": {name, parameters}}): known tool, required, type, enum, no extras.
+
+    Raises UnknownTool or InvalidArguments, with a sentence for the model."""
+    schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
+    if call.name not in schemas:
+        raise UnknownTool(f"unknown tool {call.name[:60]!r}; the tools are {', '.join(schemas)}")
+    _check(call.arguments, {"type": "object", **schemas[call.name]}, "")
+
+
+def _check(value, schema, where):
+    """JSON schema's everyday subset: type (one or a list), enum, required, properties, items. Keys of an object without properties are free."""
+    kinds = schema.get("type", [])
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    fits = [isinstance(value, TYPES[k]) and (k == "boolean" or not isinstance(value, bool)) for k in kinds if k in TYPES]
+    if fits and not any(fits):
+        raise InvalidArguments(f"{where or 'arguments'} must be of type {' or '.join(kinds)}")
+    if "enum" in schema and not any(same_value(value, option) for option in schema["enum"]):
+        raise InvalidArguments(f"{where or 'arguments'} must be one of {', '.join(map(str, schema['enum']))}")
+    if isinstance(value, dict) and "properties" in schema:
+        for name in schema.get("required", []):
+            if name not in value:
+                raise InvalidArguments(f"missing argument {where + name}")
+        for name, item in value.items():
+            if name not in schema["properties"]:
+                raise InvalidArguments(f"unexpected argument {(where + name)[:60]}")
+            _check(item, schema["properties"][name], where + name)
+    if isinstance(value, list) and "items" in schema:
+        for i, item in enumerate(value):
+            _check(item, schema["items"], f"{where}[{i}]")
+
+
+# ---------------------------------------------------------------------------------------------------------------- tool executor
+
+def execute(calls, functions, tools, timeout=2.0, max_chars=1000):
+    """Run the calls of a turn in order; one result text per call, and an error text where a call is malformed, unknown, invalid, slow or fails.
+
+    calls: list[Call | CallError]; functions: {name: callable(**arguments)}, bound to the episode's state. Model text is only ever data: it is
+    parsed as JSON, checked against the schema, and passed as arguments. Each call runs in a daemon thread, since signals work on the
+    main thread only; a call over `timeout` seconds is abandoned (Python cannot kill it; a tool that loops inside one C call holds all).
+    """
+    return [_run(call, functions, tools, timeout, max_chars) for call in calls]
+
+
+def _run(call, functions, tools, timeout, max_chars):
+    result = ["error: the tool took too long"]
+
+    def work():
+        try:
+            value = functions[call.name](**call.arguments)
+            result[0] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        except Exception as error:  # whatever a tool raises, the model reads it and the training run goes on
+            result[0] = f"error: {error}"
+    try:
+        if isinstance(call, CallError):
+            raise call
+        validate(call, tools)
+    except CallError as error:
+        return f"error: {error}"[:max_chars]
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    text = result[0]
+    return text if len(text) <= max_chars else text[:max_chars] + " … (cut)"
+
+
+# --------------------------------------------------------------------------------------------- prompts: chat templates, token in, token out
+
+TOOLS_TEXT = ('# Tools\nCall tools by one JSON object a line, {"name": ..., "arguments": {...}}, inside <tool_call> and </tool_call>. '
+              'The tools are:\n')
+
+
+def _split_opened_thought(text):
+    """Some templates end the prompt with "<think>": it is then a forced start of the completion, not part of the prompt."""
+    cut = re.search(r"(<think>\s*)?\Z", text).start()
+    return text[:cut], text[cut:]
+
+
+def _ids(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+
+def encode_prompt(tokenizer, messages, tools, instructions=""):
+    """Prompt ids and the ids of a forced beginning of the completion (both list[int]; the second is mostly empty).
+
+    The tokenizer's own chat template renders the tools; where it ignores them they are written into the system message as text.
+    `instructions` goes first in the system message. Raises ValueError without a chat template."""
+    if not tokenizer.chat_template:
+        raise ValueError("the tokenizer has no chat template: use a chat model, or set tokenizer.chat_template")
+
+    def render(messages, tools):
+        return tokenizer.apply_chat_template(messages, tools=tools or None, tokenize=False, add_generation_prompt=True)
+    if tools and render(messages, tools) == render(messages, None):
+        instructions = "\n\n".join(filter(None, [instructions, TOOLS_TEXT + "\n".join(json.dumps(tool["function"]) for tool in tools)]))
+        tools = None
+    if instructions:
+        old = messages[0]["content"] if messages[0]["role"] == "system" else ""
+        messages = [{"role": "system", "content": f"{instructions}\n\n{old}".strip()}, *messages[bool(old):]]
+    prompt, forced = _split_opened_thought(render(messages, tools))
+    return _ids(tokenizer, prompt), _ids(tokenizer, forced)
+
+
+def encode_results(tokenizer, results):
+    """Ids that follow a finished assistant turn when tools have answered: (tool turns and the next turn's header, a forced thought opening).
+
+    Only this suffix is newly tokenised; the sampled ids before it stay as they were sampled."""
+    mark = "\u2016turn\u2016"
+    messages = [{"role": "user", "content": "u"}, {"role": "assistant", "content": mark}, *({"role": "tool", "content": r} for r in results)]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True).split(mark)[-1]
+    suffix, forced = _split_opened_thought(text.removeprefix(tokenizer.eos_token))
+    return _ids(tokenizer, suffix), _ids(tokenizer, forced)
+
+
+# -------------------------------------------------------------------------------------------------------------------- rollout
+
+@dataclass
+class Rollout:
+    """N = P*G episodes, the completions of prompt p in rows p*G … p*G+G-1; tensors [N, T] are aligned to completion tokens, right-padded."""
+    rows: list              # the P rows
+    prompts: list           # P lists of prompt ids
+    group: int
+    tokens: torch.Tensor    # int64 [N, T], exactly the ids that were sampled or forced
+    sampled: torch.Tensor   # bool [N, T], True where the policy chose the token; tool results, headers and padding are False
+    logp: torch.Tensor      # float32 [N, T], log-probability at the sampling temperature; 0 where not sampled
+    entropy: torch.Tensor   # float32 [N, T], nats, of the distribution sampled from; 0 where not sampled
+    length: torch.Tensor    # int64 [N], sampled and forced tokens
+    truncated: torch.Tensor  # bool [N], ran out of max_completion_tokens
+    turns: list             # per episode: [(start, end)] columns of each assistant turn
+    texts: list             # per episode: the text of each assistant turn, without its end-of-turn token
+
+
+def eos_ids(model, tokenizer):
+    """All ids that end a turn: the tokenizer's and those of the model's generation config."""
+    more = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return {tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])} - {None}
+
+
+@torch.no_grad()
+def rollout(model, tokenizer, rows, cfg, seed=0, group=None, greedy=False, toolbox_for=None, instructions="", on_token=None):
+    """Sample `group` (default cfg.group) completions for each row; returns a Rollout.
+
+    All rows advance in lockstep, one token a step, sampled or forced: a tool's result is a queue of forced tokens that pass through the same
+    loop, so nothing is ever re-tokenised and no cache is rebuilt. Finished rows leave the batch. Row i draws from its own stream of
+    uniforms, so what it samples does not depend on which other rows are still there.
+    With cfg.max_turns > 1, `toolbox_for(row)` gives each episode an object with `.functions`, and its calls are executed.
+    """
+    model_was_training, G, T = model.training, group or cfg.group, cfg.max_completion_tokens
+    live = cfg.max_turns > 1 and toolbox_for is not None
+    N, device, ends = len(rows) * G, next(model.parameters()).device, eos_ids(model, tokenizer)
+    encoded = [encode_prompt(tokenizer, row["messages"], row["tools"], instructions) for row in rows]
+    prompts, queues = [ids for ids, _ in encoded], [deque(forced) for _, forced in encoded for _ in range(G)]
+    boxes = [toolbox_for(row) for row in rows for _ in range(G)] if live else None
+    uniforms = torch.rand(N, T, generator=torch.Generator().manual_seed(seed)).clamp_(max=1 - 1e-6).to(device)
+    # row N is where slots of finished episodes write until they are removed
+    tokens, sampled = torch.zeros(N + 1, T, dtype=torch.long, device=device), torch.zeros(N + 1, T, dtype=torch.bool, device=device)
+    logp, entropy = torch.zeros(N + 1, T, device=device), torch.zeros(N + 1, T, device=device)
+    uniforms = torch.cat([uniforms, uniforms[:1]])
+    out_ids, starts = [[] for _ in range(N)], [0] * N
+    turns, texts, truncated = [[] for _ in range(N)], [[] for _ in range(N)], [True] * N
+    shared = cfg.shared_prefix and can_share(model)
+    model.eval()
+    with sharing(model) if shared else nullcontext(), autocast(model) or nullcontext():
+        decoder = (SharedDecoder if shared else PlainDecoder)(model, prompts, G, T)
+        slots, width = list(range(N)), decoder.groups  # slot -> episode (N: none); `width` slots to a group
+        slot_rows, logits = torch.arange(N, device=device), decoder.prefill()
+        for t in range(T):
+            logits = logits.float() / cfg.temperature  # (S, V)
+            log_p = logits - logits.logsumexp(-1, keepdim=True)
+            p = log_p.exp()
+            if greedy:
+                chosen = logits.argmax(-1)
+            else:  # inverse transform sampling with the row's own uniform number
+                cdf = p.cumsum(-1)
+                chosen = (cdf <= uniforms[slot_rows, t, None] * cdf[:, -1:]).sum(-1).clamp(max=p.shape[-1] - 1)
+            ids = chosen.tolist()
+            free = [i < N and not queues[i] for i in slots]  # the sampled/forced mask is written here, where tokens are made
+            ids = [x if f or i == N else queues[i].popleft() for x, f, i in zip(ids, free, slots)]
+            chosen, mask = torch.tensor(ids, device=device), torch.tensor(free, device=device)
+            tokens[slot_rows, t], sampled[slot_rows, t] = chosen, mask
+            logp[slot_rows, t] = torch.where(mask, log_p.gather(1, chosen[:, None])[:, 0], 0.0)
+            entropy[slot_rows, t] = torch.where(mask, -torch.where(p > 0, p * log_p, 0.0).sum(-1), 0.0)
+            alive = len(slots) - slots.count(N)
+            for s, (i, x) in enumerate(zip(slots, ids)):
+                if i == N:
+                    continue
+                out_ids[i].append(x)
+                if free[s] and x in ends:
+                    turns[i].append((starts[i], t + 1))
+                    texts[i].append(tokenizer.decode(out_ids[i][starts[i]:-1]))
+                    calls = parse_calls(texts[i][-1]) if live and len(turns[i]) < cfg.max_turns else []
+                    if calls:
+                        results = execute(calls, boxes[i].functions, rows[i // G]["tools"], cfg.tool_timeout)
+                        suffix, forced = encode_results(tokenizer, results)
+                        queues[i].extend(suffix + forced)
+                        starts[i] = t + 1 + len(suffix)
+                    else:
+                        truncated[i], slots[s] = False, N
+            if on_token:
+                on_token(alive)
+            left = len(slots) - slots.count(N)
+            if left == 0 or t == T - 1:
+                break
+            if left < alive:
+                slot_rows = torch.tensor(slots, device=device)
+            if left <= 0.75 * len(slots):  # drop finished groups, and narrow the rest to the fullest one
+                groups = [slots[a:a + width] for a in range(0, len(slots), width)]
+                keep = [k for k, g in enumerate(groups) if any(i < N for i in g)]
+                new = max(sum(i < N for i in groups[k]) for k in keep)
+                order = [k * width + s for k in keep for s in sorted(range(width), key=lambda s: groups[k][s] == N)[:new]]
+                index = torch.tensor(order, device=device)
+                decoder.select(torch.tensor(keep, device=device), index, new)
+                slots, width, chosen = [slots[s] for s in order], new, chosen[index]
+                slot_rows = torch.tensor(slots, device=device)
+            logits = decoder.step(chosen, t)
+    model.train(model_was_training)
+    for i in range(N):
+        if truncated[i] and starts[i] < len(out_ids[i]):  # the turn that was cut is scored as it stands
+            turns[i].append((starts[i], len(out_ids[i])))
+            texts[i].append(tokenizer.decode(out_ids[i][starts[i]:]))
+    length = torch.tensor([len(ids) for ids in out_ids], device=device)
+    used = int(length.max())
+    tokens, sampled, logp, entropy = (x[:N, :used].contiguous() for x in (tokens, sampled, logp, entropy))
+    return Rollout(rows, prompts, G, tokens, sampled, logp, entropy, length, torch.tensor(truncated, device=device), turns, texts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- regions
+
+TAG, SCAFFOLD, NAME, PARAMS, THOUGHT, TEXT = range(6)
+REGIONS = ("tag", "scaffold", "name", "params", "thought", "text")  # the paper's "format" is tag and scaffold (JSON syntax) together
+
+
+def label_chars(text):
+    """The region of every character, a bytearray as long as the text; total on any input.
+
+    >>> list(label_chars('<think>a</think>')[6:9])
+    [0, 4, 0]
+    """
+    label = bytearray([SCAFFOLD if c.isspace() else TEXT for c in text])
+    for block in split_blocks(text):
+        a, b = block.inner
+        label[block.start:a] = bytes([TAG]) * (a - block.start)
+        label[b:block.end] = bytes([TAG]) * (block.end - b)
+        label[a:b] = bytes([{"think": THOUGHT, "tool_call": SCAFFOLD, "response": TEXT}[block.kind]]) * (b - a)
+        for _, _, stop, fields in block.calls:
+            for key, (value, start, end) in fields.items():
+                end = stop if end is None else end  # a member that broke off runs to the end of its line
+                if key == "name":  # its quotes are format
+                    start, end = start + (text[start:start + 1] == '"'), end - (isinstance(value, str))
+                if key in ("name", "arguments", "parameters"):
+                    label[start:end] = bytes([NAME if key == "name" else PARAMS]) * (end - start)
+    return label
+
+
+def tag_regions(pieces):
+    """Regions of the tokens of one assistant turn, given each sampled id's own text: two lists as long as `pieces`.
+
+    region: that of the token's first non-space character; touched: a bit mask of all regions its non-space characters lie in
+    (a token such as `}}` straddles two)."""
+    label, pos, region, touched = label_chars("".join(pieces)), 0, [], []
+    for piece in pieces:
+        first = pos + len(piece) - len(piece.lstrip()) if piece.strip() else pos
+        # an empty piece (the inner bytes of one character) takes the region it stands in
+        region.append(label[min(first, len(label) - 1)] if label else TEXT)
+        bits = 1 << region[-1]
+        for k, c in enumerate(piece):
+            bits |= 0 if c.isspace() else 1 << label[pos + k]
+        touched.append(bits)
+        pos += len(piece)
+    return region, touched
+
+
+def token_regions(tokenizer, batch, ends):
+    """int64 [N, T] regions and touched bit masks of a Rollout, from the sampled ids; the end-of-turn token is a tag. -1 and 0 where forced."""
+    pieces = tokenizer.__dict__.setdefault("_rest_pieces", {})  # id -> text, decoded once
+    region = torch.full(batch.tokens.shape, -1)
+    touched = torch.zeros_like(region)
+    for i, (ids, turns) in enumerate(zip(batch.tokens.tolist(), batch.turns)):
+        for start, end in turns:
+            for x in ids[start:end]:
+                if x not in pieces:
+                    pieces[x] = tokenizer.decode([x])
+            closed = ids[end - 1] in ends
+            r, b = tag_regions([pieces[x] for x in ids[start:end - closed]])
+            region[i, start:end] = torch.tensor(r + [TAG] * closed)
+            touched[i, start:end] = torch.tensor(b + [1 << TAG] * closed)
+    region, touched = region.to(batch.tokens.device), touched.to(batch.tokens.device)
+    return torch.where(batch.sampled, region, -1), torch.where(batch.sampled, touched, 0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------- reward
+
+def same_value(a, b):
+    """JSON equality: 1 equals 1.0, but True is not 1."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same_value(a[k], b[k]) for k in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(same_value, a, b))
+    return isinstance(a, bool) == isinstance(b, bool) and a == b
+
+
+def _jaccard(a, b):
+    a, b = Counter(list(a)), Counter(list(b))  # list: of a dict, its keys
+    return (a & b).total() / (a | b).total() if a or b else 1.0
+
+
+def correctness_score(gold, predicted):
+    """ToolRL's rule in [0, 1]: names as a multiset, then per gold call the best unused call of the same name, by parameter names and values.
+
+    gold: list[Call], not empty; predicted: list[Call | CallError]. One unreadable call gives 0."""
+    if any(isinstance(call, CallError) for call in predicted):
+        return 0.0
+    score, unused = _jaccard([c.name for c in gold], [c.name for c in predicted]), list(predicted)
+    for call in gold:
+        best, match = 0.0, None
+        for other in unused:
+            if other.name == call.name:
+                s = _jaccard(call.arguments, other.arguments) + sum(
+                    k in other.arguments and same_value(v, other.arguments[k]) for k, v in call.arguments.items())
+                best, match = (s, other) if s > best else (best, match)
+        score += best
+        unused = [other for other in unused if other is not match]
+    return score / (1 + sum(1 + len(call.arguments) for call in gold))
+
+
+def required_blocks(calls):
+    """The blocks of a turn: a thought, then calls where the gold answer has some, else a response."""
+    return ("think", "tool_call" if calls else "response")
+
+
+def format_score(text, required):
+    """1.0 if exactly the required blocks stand there, closed, in order, with nothing but space outside them; else 0.0. Consecutive call
+    blocks count as one."""
+    kinds, pos, outside = [], 0, ""
+    for block in split_blocks(text):
+        if not block.closed:
+            return 0.0
+        outside, pos = outside + text[pos:block.start], block.end
+        if kinds[-1:] != ["tool_call"] or block.kind != "tool_call":
+            kinds.append(block.kind)
+    return float(kinds == list(required) and not (outside + text[pos:]).strip())
+
+
+def score_texts(texts, row):
+    """(format in [0, 1], correctness in [0, 1] or None where gold has no call, exact) of an episode.
+
+    texts: the assistant turns. Format is the mean over turns, correctness compares all calls with all gold calls. A row may state the
+    "blocks" of each gold turn; else required_blocks tells. Exact: format right and the multiset of calls equals gold's."""
+    gold = [Call(call["name"], call["arguments"]) for turn in row["gold"] for call in turn]
+    required = row.get("blocks") or [required_blocks(turn) for turn in row["gold"]]
+    form = sum(map(format_score, texts, required)) / max(len(texts), len(required))  # missing and surplus turns count 0
+    calls = [call for text in texts for call in parse_calls(text)]
+    correct = correctness_score(gold, calls) if gold else None
+    exact = form == 1.0 and len(calls) == len(gold) and (not gold or correct == 1.0)
+    return form, correct, exact
+
+
+def episode_reward(form, correct, progress, scaling="dynamic"):
+    """Format and correctness scores -> reward (METHOD: rule reward of ToolRL, rescaled by the authors as training goes on).
+
+    static: format in [0, 1], correctness in [-3, 3]. dynamic, with nu = 0.7 progress: format in [-2+2nu, 2-nu] (held outside (-1, 1)),
+    correctness in [-(2+nu), 2+nu] (held within 3): early on format counts more, later correctness."""
+    nu = 0.7 * progress
+    if scaling == "static":
+        f_min, f_max, c_max = 0.0, 1.0, 3.0
+    else:
+        f_min, f_max, c_max = min(-1.0, -2 + 2 * nu), max(1.0, 2 - nu), min(3.0, 2 + nu)
+    return f_min + (f_max - f_min) * form + (0.0 if correct is None else c_max * (2 * correct - 1))
+
+
+def group_advantages(rewards, scale_by_std=True, delta=1e-4):
+    """rewards float [P, G] -> advantages [P, G], group mean 0; divided by the unbiased std + delta unless Dr. GRPO. Equal rewards: exactly 0."""
+    advantages = rewards - rewards.mean(1, keepdim=True)
+    if scale_by_std:
+        advantages = advantages / (rewards.std(1, keepdim=True) + delta)
+    return torch.where((rewards == rewards[:, :1]).all(1, keepdim=True), 0.0, advantages)
+
+
+# ----------------------------------------------------------------------------------------- token weights: the heart of ResT
+
+def region_entropy(entropy, region, mask):
+    """Mean entropy (nats) of the sampled tokens of each region, over the whole rollout batch: float [6]. Tags and scaffold share the mean
+    of the paper's format region. An empty region gets 0. entropy float, region int, mask bool, all [N, T]."""
+    inside = F.one_hot(region.clamp(min=0), 6) * mask[..., None]  # (N, T, 6)
+    inside[..., TAG] = inside[..., SCAFFOLD] = inside[..., TAG] + inside[..., SCAFFOLD]
+    total = (inside * entropy.detach()[..., None]).sum((0, 1))
+    return total / inside.sum((0, 1)).clamp(min=1)
+
+
+RAW_WEIGHTS = {"one-minus-exp": lambda h: 1 / (1 - torch.exp(-h)),  # Theorem 2 with Lemma 2's bound on the score
+               "inverse": lambda h: 1 / h}
+
+
+def raw_weights(region_h, kind="one-minus-exp", min_entropy=0.05):
+    """Region entropies [6] in nats -> weights [6] that fall with entropy: the practical proxy of Theorem 2."""
+    return RAW_WEIGHTS[kind](region_h.clamp(min=min_entropy))
+
+
+def curriculum(weight, progress, cfg):
+    """Weights [6] at progress in [0, 1]: format down, parameters and thought up, name and free text constant (METHOD section 4)."""
+    w = weight.clone()
+    w[TAG], w[SCAFFOLD] = ((w[r] - cfg.alpha_format * progress).clamp(min=cfg.weight_min) for r in (TAG, SCAFFOLD))
+    w[PARAMS] = (w[PARAMS] + cfg.alpha_params * progress).clamp(max=cfg.weight_max)
+    w[THOUGHT] = (w[THOUGHT] + cfg.alpha_thought * progress).clamp(max=cfg.weight_max)
+    return w
+
+
+def normalise_weights(weight, mask):
+    """[N, T] weights -> mean 1 over each completion's masked tokens, 0 elsewhere: weights redistribute, they do not rescale.
+
+    Divided by the maximum first, so that equal weights become exactly 1 (GRPO bit for bit); all-zero rows stay zero."""
+    weight = torch.where(mask, weight, 0.0)
+    weight = weight / weight.amax(1, keepdim=True).clamp(min=1e-30)
+    mean = weight.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    return weight / mean.clamp(min=1e-30)
+
+
+def official_weights(touched, mask, step):
+    """The authors' code: constants and a clock, no entropy. Where a token touches several regions the largest weight wins. [N, T]."""
+    weight = torch.tensor([1.0, 0.0, 1.2, min(1.2, 0.6 + 0.002 * step), min(1.0, 0.6 + 0.002 * step), 0.0])
+    subsets = [max([float(weight[r]) for r in range(6) if bits >> r & 1], default=0.0) for bits in range(64)]
+    weight = torch.tensor(subsets, device=touched.device)[touched]
+    weight = torch.where(weight > 0, weight.clamp(0.001, 8.0), 0.0)
+    return normalise_weights(weight, mask & (weight > 0))
+
+
+def token_weights(region, touched, entropy, mask, cfg, step):
+    """Weights float [N, T] of a rollout batch, mean 1 per completion, fixed over all passes; and the region weights [6] or None.
+
+    No gradient passes: entropy is the number recorded at rollout."""
+    if cfg.method in ("grpo", "dr-grpo"):
+        return normalise_weights(torch.ones_like(entropy), mask), None
+    if cfg.method == "rest-official":
+        return official_weights(touched, mask, step), None
+    if cfg.method == "top-entropy":  # arXiv 2506.01939: the opposite belief, only the least certain tokens matter
+        kept = entropy[mask].sort(descending=True).values[:max(1, round(cfg.top_entropy_fraction * int(mask.sum())))]
+        return normalise_weights((entropy >= kept[-1]).float(), mask), None
+    raw = raw_weights(region_entropy(entropy, region, mask), cfg.raw_weight, cfg.min_entropy)
+    raw = raw / raw[region[mask]].mean()
+    weight = curriculum(raw, 0.0 if cfg.method == "rest-static" else step / cfg.steps, cfg)
+    if cfg.method == "no-thought":
+        weight[THOUGHT] = 0.0
+    return normalise_weights(weight[region.clamp(min=0)], mask), weight
+
+
+# -------------------------------------------------------------------------------------------------- log-probabilities and loss
+
+def token_logps(x, targets, temperature, head=None, chunk_elements=2**26):
+    """logp float32 [M] of targets [M] under softmax(logits / temperature), and entropy [M] in nats without gradient.
+
+    x: hidden states [M, H] with their output layer `head`, or logits [M, V]. Works in chunks whose float32 logits are recomputed in
+    the backward pass, so that [M, V] floats never exist at once for a large vocabulary."""
+    def one(x, targets):
+        logits = (head(x) if head is not None else x).float() / temperature  # (m, V)
+        lse = logits.logsumexp(-1)
+        with torch.no_grad():
+            log_p = logits - lse[:, None]
+            entropy = -torch.where(log_p > -torch.inf, log_p.exp() * log_p, 0.0).sum(-1)
+        return logits.gather(1, targets[:, None])[:, 0] - lse, entropy
+    rows = max(1, chunk_elements // (head.weight.shape[0] if head is not None else x.shape[-1]))
+    if len(x) <= rows:
+        return one(x, targets)
+    parts = [checkpoint(one, a, b, use_reentrant=False) for a, b in zip(x.split(rows), targets.split(rows))]
+    return tuple(torch.cat(part) for part in zip(*parts))
+
+
+def completion_logps(model, prompts, completions, temperature, shared):
+    """logp and entropy, float32 [P, G, T], of completion tokens [P, G, T] after their prompts (P id lists), with gradient through logp.
+
+    shared: one batch row per prompt, [prompt | G completions], each prompt forwarded once, with gradient; exact, see PackedLayout.
+    Otherwise each completion is forwarded behind its own copy of the prompt. Padding behind a completion is never seen by what precedes it."""
+    (P, G, T), device = completions.shape, completions.device
+    ids, mask = left_pad(prompts, device)
+    Lp, count = ids.shape[1], mask.sum(1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)  # (P, Lp)
+    after = count[:, None] + torch.arange(T, device=device)  # (P, T) positions of completion tokens
+    with autocast(model) or nullcontext():
+        if shared:
+            with sharing(model):
+                hidden = model.base_model(input_ids=torch.cat([ids, completions.flatten(1)], 1),  # (P, Lp+G*T)
+                                          position_ids=torch.cat([positions, after.repeat(1, G)], 1),
+                                          use_cache=False, layout=PackedLayout(mask, G, T)).last_hidden_state
+            last = hidden[:, None, Lp - 1:Lp].expand(-1, G, -1, -1)  # (P, G, 1, H) the prompt's last state predicts token 0
+            own = hidden[:, Lp:].unflatten(1, (G, T))[:, :, :-1]     # (P, G, T-1, H) state t-1 predicts token t
+            x, head = torch.cat([last, own], 2).flatten(0, 2), model.get_output_embeddings()
+        else:
+            def repeat(a):
+                return a.repeat_interleave(G, 0)
+            full = torch.cat([repeat(mask), torch.ones(P * G, T, dtype=torch.bool, device=device)], 1)  # (P*G, Lp+T)
+            logits = model(input_ids=torch.cat([repeat(ids), completions.flatten(0, 1)], 1), attention_mask=full.long(),
+                           position_ids=torch.cat([repeat(positions), repeat(after)], 1), use_cache=False, logits_to_keep=T + 1).logits
+            x, head = logits[:, -T - 1:-1].flatten(0, 1), None  # logits at t-1 predict token t
+        logp, entropy = token_logps(x, completions.flatten(), temperature, head)
+    return logp.view(P, G, T), entropy.view(P, G, T)
+
+
+def loss_scale(mask, weight, aggregation, max_tokens):
+    """Factor float [N] that turns a completion's weighted token sum into its share of the loss; from the whole batch, before micro-batching.
+
+    sequence: 1/(N T_i); constant: 1/(N max_tokens), Dr. GRPO; token: 1/(all weights of the batch)."""
+    N, tokens = len(mask), mask.sum(1)
+    if aggregation == "sequence":
+        return 1 / (N * tokens.clamp(min=1).float())
+    if aggregation == "constant":
+        return torch.full((N,), 1 / (N * max_tokens), device=mask.device)
+    return (1 / (weight * mask).sum().clamp(min=1e-30)).expand(N)
+
+
+def policy_loss(logp, logp_old, advantages, weight, mask, scale, clip):
+    """The objective at the top of this file. logp, logp_old, weight float, mask bool [N, T]; advantages, scale float [N] -> scalar.
+
+    Gradient reaches logp only. Sums, does not average: the means are in `scale`, so micro-batches simply add up."""
+    logp_old, advantages, weight = logp_old.detach(), advantages.detach()[:, None], weight.detach()
+    ratio = torch.exp(torch.where(mask, logp - logp_old, 0.0))  # (N, T)
+    gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    return -(torch.where(mask, weight * gain, 0.0).sum(1) * scale).sum()
+
+
+# --------------------------------------------------------------------------------------------------------------------- update
+
+def micro_batches(batch, used, budget):
+    """Splits the groups `used` into lists of (prompt index, completion indices) of about `budget` tokens, similar lengths together."""
+    G, out, room = batch.group, [], 0
+    length = batch.length.view(-1, G).amax(1).tolist()
+    for p in sorted(used, key=lambda p: (length[p], len(batch.prompts[p]))):
+        per = max(1, min(G, (budget - len(batch.prompts[p])) // max(length[p], 1)))  # completions of this prompt that fit at once
+        for a in range(0, G, per):
+            part, cost = list(range(a, min(a + per, G))), len(batch.prompts[p]) + per * length[p]
+            if out and room >= cost and len(out[-1][0][1]) == len(part):
+                out[-1].append((p, part))
+            else:
+                out, room = out + [[(p, part)]], budget
+            room -= cost
+    return out
+
+
+def update(model, optimizer, batch, advantages, weight, cfg):
+    """cfg.passes optimiser steps on one rollout batch; returns a dict of metrics.
+
+    advantages float [N], weight float [N, T]. Groups whose advantages are all zero have zero gradient and are not forwarded. A step
+    whose loss or gradient is not finite is skipped and counted."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    scale = loss_scale(batch.sampled, weight, cfg.aggregation, cfg.max_completion_tokens)
+    G, shared = batch.group, cfg.shared_prefix and can_share(model)
+    used = advantages.view(-1, G).ne(0).any(1).nonzero()[:, 0].tolist()
+    parts = micro_batches(batch, used, cfg.micro_batch_tokens)
+    metrics = Counter(skipped_updates=0)
+    for _ in range(cfg.passes):
+        optimizer.zero_grad(set_to_none=True)
+        loss, clipped, kl, count = 0.0, 0.0, 0.0, 0
+        for part in parts:
+            rows = torch.tensor([p * G + g for p, members in part for g in members], device=batch.tokens.device)
+            T = int(batch.length[rows].max())
+            logp_old, mask = batch.logp[rows, :T], batch.sampled[rows, :T]
+            logp, _ = completion_logps(model, [batch.prompts[p] for p, _ in part], batch.tokens[rows, :T].view(len(part), -1, T),
+                                       cfg.temperature, shared)
+            logp = logp.flatten(0, 1)  # (n, T)
+            micro = policy_loss(logp, logp_old, advantages[rows], weight[rows, :T], mask, scale[rows], cfg.clip)
+            micro.backward()
+            with torch.no_grad():
+                log_ratio, sign = (logp - logp_old)[mask], advantages[rows].sign()[:, None].expand_as(mask)[mask]
+                loss += micro.detach()
+                clipped += (sign * (log_ratio.exp() - 1) > cfg.clip).sum()
+                kl += (log_ratio.exp() - 1 - log_ratio).sum()  # the k3 estimate of KL(old || new)
+                count += len(log_ratio)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
+        if math.isfinite(float(loss)) and math.isfinite(float(norm)):
+            optimizer.step()
+        else:
+            metrics["skipped_updates"] += 1
+        count = max(count, 1)
+        metrics.update(loss=float(loss) / cfg.passes, grad_norm=float(norm) / cfg.passes,
+                       clip_fraction=float(clipped) / count / cfg.passes, kl=float(kl) / count / cfg.passes)
+    optimizer.zero_grad(set_to_none=True)
+    return dict(metrics)
+
+
+def learning_rate(cfg, step):
+    """Linear warm-up over cfg.warmup_steps, then linear decay to a tenth of cfg.learning_rate at cfg.steps."""
+    warm = min(1.0, (step + 1) / max(1, cfg.warmup_steps))
+    return cfg.learning_rate * warm * (1 - 0.9 * max(0, step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps))
+
+
+# ---------------------------------------------------------------------------------------------------- one step, and evaluation
+
+def score_batch(batch):
+    """(format, correctness, exact) of every episode, list of N."""
+    return [score_texts(texts, batch.rows[i // batch.group]) for i, texts in enumerate(batch.texts)]
+
+
+def train_step(model, tokenizer, optimizer, rows, cfg, step, toolbox_for=None, instructions="", clock=None):
+    """One ResT step on cfg.prompts rows: roll out, score, weigh, update. Returns (metrics, Rollout, region [N, T], weight [N, T]).
+
+    clock(name), if given, is called after each phase: rollout, reward, update."""
+    clock = clock or (lambda name: None)
+    batch = rollout(model, tokenizer, rows, cfg, seed=cfg.seed * 1_000_003 + step, toolbox_for=toolbox_for, instructions=instructions)
+    clock("rollout")
+    scores = score_batch(batch)
+    rewards = torch.tensor([episode_reward(f, c, step / cfg.steps, cfg.reward_scaling) for f, c, _ in scores], device=batch.tokens.device)
+    advantages = group_advantages(rewards.view(-1, batch.group), cfg.method != "dr-grpo", cfg.delta).flatten()  # (N,)
+    region, touched = token_regions(tokenizer, batch, eos_ids(model, tokenizer))
+    weight, region_weight = token_weights(region, touched, batch.entropy, batch.sampled, cfg, step)
+    clock("reward")
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(cfg, step)
+    metrics = update(model, optimizer, batch, advantages, weight, cfg)
+    clock("update")
+    entropy = region_entropy(batch.entropy, region, batch.sampled)
+    N = len(scores)
+    metrics.update(
+        step=step, reward=float(rewards.mean()), exact=sum(e for *_, e in scores) / N, format=sum(f for f, *_ in scores) / N,
+        correct=sum(c for _, c, _ in scores if c is not None) / max(1, sum(c is not None for _, c, _ in scores)),
+        zero_groups=float(advantages.view(-1, batch.group).eq(0).all(1).float().mean()), truncated=float(batch.truncated.float().mean()),
+        tokens=float(batch.sampled.sum() / N), lr=learning_rate(cfg, step))
+    for name, r in (("format", TAG), ("name", NAME), ("params", PARAMS), ("thought", THOUGHT), ("text", TEXT)):
+        metrics[f"H_{name}"] = float(entropy[r])
+        metrics[f"w_{name}"] = float(weight[region == r].mean()) if bool((region == r).any()) else 0.0
+    return metrics, batch, region, weight
+
+
+def evaluate(model, tokenizer, rows, cfg, greedy=False, samples=1, seed=0, batch_rows=64, toolbox_for=None, instructions="", on_batch=None):
+    """Exact-call rate, format, correctness and mean sampled tokens over rows, per category and overall.
+
+    Greedy, or `samples` completions per row at cfg.temperature. Returns {category: {n, exact, format, correct, tokens}}, key "all" last."""
+    found = {}
+    for start in range(0, len(rows), batch_rows):
+        part = rows[start:start + batch_rows]
+        batch = rollout(model, tokenizer, part, cfg, seed=seed + start, group=1 if greedy else samples, greedy=greedy,
+                        toolbox_for=toolbox_for, instructions=instructions)
+        for i, (form, correct, exact) in enumerate(score_batch(batch)):
+            for key in (part[i // batch.group]["category"], "all"):
+                found.setdefault(key, []).append((exact, form, correct, int(batch.sampled[i].sum())))
+        if on_batch:
+            on_batch(len(part))
+    table = {}
+    for key in sorted(found, key=lambda k: (k == "all", k)):
+        exact, form, correct, tokens = zip(*found[key])
+        correct = [c for c in correct if c is not None]
+        table[key] = {"n": len(exact), "exact": sum(exact) / len(exact), "format": sum(form) / len(form),
+                      "correct": sum(correct) / len(correct) if correct else None, "tokens": sum(tokens) / len(tokens)}
+    return table

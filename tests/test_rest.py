@@ -1,0 +1,321 @@
+"""The parts of rest.py from text to reward: configuration, parsing, executor, regions, rule reward, chat templates."""
+
+import json
+import random
+import time
+
+import pytest
+import torch
+from conftest import CALL, ROW, TOOL
+
+import rest
+from rest import NAME, PARAMS, SCAFFOLD, TAG, TEXT, THOUGHT, Call, CallError, MalformedCall
+
+
+# ------------------------------------------------------------------------------------------------------------------ configuration
+
+@pytest.mark.parametrize("bad, word", [
+    ({"method": "ppo"}, "unknown method"), ({"group": 1}, "at least 2"), ({"top_k": 5}, "top_k"), ({"top_p": 0.9}, "top_p"),
+    ({"temperature": 0.0}, "temperature"), ({"aggregation": "mean"}, "aggregation"), ({"raw_weight": "linear"}, "raw_weight"),
+    ({"reward_scaling": "none"}, "reward_scaling"), ({"steps": 0}, "steps"), ({"clip": 1.5}, "clip"), ({"min_entropy": 0.0}, "min_entropy")])
+def test_bad_configuration_is_refused_in_words(bad, word):
+    with pytest.raises(ValueError, match=word):
+        rest.Config(**bad)
+
+
+def test_dr_grpo_changes_the_aggregation_only_when_none_was_asked_for():
+    assert rest.Config().aggregation == "sequence" and rest.Config(method="dr-grpo").aggregation == "constant"
+    assert rest.Config(method="dr-grpo", aggregation="token").aggregation == "token"
+
+
+# ------------------------------------------------------------------------------------------------------------------------ parsing
+
+def call_text(*calls, key="arguments"):
+    return "<tool_call>\n" + "\n".join(json.dumps({"name": c.name, key: c.arguments}) for c in calls) + "\n</tool_call>"
+
+
+def random_value(rng, depth=3):
+    kinds = ["int", "float", "str", "bool", "null"] + (["list", "dict"] if depth else [])
+    kind = rng.choice(kinds)
+    if kind == "list":
+        return [random_value(rng, depth - 1) for _ in range(rng.randrange(3))]
+    if kind == "dict":
+        return {random_string(rng): random_value(rng, depth - 1) for _ in range(rng.randrange(3))}
+    return {"int": rng.randrange(-99, 10**6), "float": rng.random() * 100, "str": random_string(rng), "bool": rng.random() < .5, "null": None}[kind]
+
+
+def random_string(rng):
+    parts = ["a", "ü", "漢", "\n", '"', "\\", "}", "{", "]", " ", "</tool_call>", "<think>", "</think>", "<response>", "😀", ":", ","]
+    return "".join(rng.choice(parts) for _ in range(rng.randrange(1, 6)))
+
+
+def random_calls(rng, n=3):
+    return [Call(random_string(rng), {random_string(rng): random_value(rng) for _ in range(rng.randrange(4))}) for _ in range(rng.randrange(1, n + 1))]
+
+
+def test_both_forms_round_trip_whatever_the_strings_hold():
+    """300 random calls whose names and values hold quotes, braces, tags, newlines and emoji; both keys; one block or one a call."""
+    rng = random.Random(0)
+    for i in range(300):
+        calls, key = random_calls(rng), rng.choice(["arguments", "parameters"])
+        blocks = call_text(*calls, key=key) if i % 2 else "\n".join(call_text(c, key=key) for c in calls)
+        text = f"<think>so <tool_call> {i}</think>\n{blocks}"
+        assert rest.parse_calls(text) == calls
+        assert rest.format_score(text, ("think", "tool_call")) == 1.0
+
+
+@pytest.mark.parametrize("line", [
+    '{"name": "f"}', '{"arguments": {}}', '{"name": 1, "arguments": {}}', '{"name": "", "arguments": {}}', '{"name": "f", "arguments": []}',
+    '{"name": "f", "arguments": {}, "parameters": {}}', '{"name": "f", "name": "g", "arguments": {}}', '{"name": "f", "arguments": {"x": NaN}}',
+    '{"name": "f", "arguments": {"x": 1e999}}', '{"name": "f", "arguments": {"x": -Infinity}}', '{"name": "f", "arguments": {"x": 1}',
+    '{"name": "f", "arguments": {"x": 1},}', "f(x=1)", "[1]", '"f"', "{", "}", '{"name": "f" "arguments": {}}', "{'name': 'f', 'arguments': {}}",
+    '{"name": "f", "arguments": {"x": %s}}' % ("[" * 10_000), '{"name": "f", "arguments": {"x": %s}}' % ("[" * 100 + "]" * 100),
+    '{"name": "f", "arguments": {"x": %s}}' % ("9" * 5000)])
+def test_bad_lines_are_typed_errors_beside_good_calls(line):
+    """A broken line costs itself only; nothing raises, and it is quick."""
+    start = time.perf_counter()
+    calls = rest.parse_calls(f'<tool_call>\n{line}\n{{"name": "g", "arguments": {{}}}}\n</tool_call>')
+    assert isinstance(calls[0], MalformedCall) and calls[-1] == Call("g", {})
+    assert time.perf_counter() - start < 0.5
+
+
+def test_thoughts_and_responses_hide_calls():
+    inner = call_text(Call("f", {}))
+    assert rest.parse_calls(f"<think>{inner}</think><response>{inner}</response>") == []
+    assert rest.parse_calls(f"<think>never closed {inner}") == []
+    assert rest.parse_calls(f"<tool_call>\n{json.dumps({'name': 'f', 'arguments': {'x': '</tool_call>'}})}\n</tool_call>") == [
+        Call("f", {"x": "</tool_call>"})]
+
+
+def test_any_text_is_parsed_and_labelled():
+    """Random soups of tags, JSON and noise: no exception, blocks are ordered and disjoint, one label per character."""
+    rng = random.Random(1)
+    pieces = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<response>", "</response>", '{"name": "f", "arguments": {"x": 1}}', '{"name": ',
+              '"arguments": {', "}", '"', "\\", "\n", " ", "x", "é", ":", ",", "[", "12", "<", ">"]
+    for _ in range(2000):
+        text = "".join(rng.choice(pieces) for _ in range(rng.randrange(20)))
+        blocks, labels = rest.split_blocks(text), rest.label_chars(text)
+        assert len(labels) == len(text) and set(labels) <= set(range(6))
+        assert all(a.end <= b.start for a, b in zip(blocks, blocks[1:])) and all(b.start < b.end <= len(text) for b in blocks)
+        rest.parse_calls(text)
+        cut = sorted(rng.choices(range(len(text) + 1), k=4))
+        region, touched = rest.tag_regions([text[a:b] for a, b in zip([0, *cut], [*cut, len(text)])])
+        assert len(region) == len(touched) == 5 and all(1 << r & t for r, t in zip(region, touched))
+
+
+# --------------------------------------------------------------------------------------------------------------- schema, executor
+
+SCHEMA = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "required": ["n"], "properties": {
+    "n": {"type": "integer"}, "x": {"type": "number"}, "s": {"type": "string", "enum": ["a", "b"]}, "b": {"type": "boolean"},
+    "l": {"type": "array", "items": {"type": "string"}}, "o": {"type": "object", "properties": {"k": {"type": "integer"}}, "required": ["k"]},
+    "free": {"type": "object"}, "any": {}, "maybe": {"type": ["string", "null"]}}}}}
+
+
+@pytest.mark.parametrize("arguments", [{"n": 1}, {"n": 1, "x": 2}, {"n": 1, "x": 2.5}, {"n": 1, "s": "a"}, {"n": 1, "b": False}, {"n": 1, "l": ["a"]},
+                                       {"n": 1, "o": {"k": 3}}, {"n": 1, "free": {"z": 1}}, {"n": 1, "any": [None]}, {"n": 1, "maybe": None}])
+def test_valid_arguments(arguments):
+    rest.validate(Call("f", arguments), [SCHEMA])
+
+
+@pytest.mark.parametrize("arguments", [{}, {"n": "1"}, {"n": 1.5}, {"n": True}, {"n": 1, "x": "2"}, {"n": 1, "x": True}, {"n": 1, "s": "c"}, {"n": 1, "b": 0},
+                                       {"n": 1, "l": "a"}, {"n": 1, "l": [1]}, {"n": 1, "o": {}}, {"n": 1, "o": {"k": "x"}}, {"n": 1, "o": {"k": 1, "j": 2}},
+                                       {"n": 1, "zzz": 1}, {"n": None}, {"n": 1, "maybe": 3}])
+def test_invalid_arguments(arguments):
+    with pytest.raises(rest.InvalidArguments):
+        rest.validate(Call("f", arguments), [SCHEMA])
+    with pytest.raises(rest.UnknownTool, match="the tools are f"):
+        rest.validate(Call("g", arguments), [SCHEMA])
+
+
+def run(name, function, arguments, **kwargs):
+    tool = {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}
+    return rest.execute([Call(name, arguments)], {name: function}, [tool], **kwargs)[0]
+
+
+def test_executor_turns_everything_into_text():
+    def boom(**kwargs):
+        raise ZeroDivisionError("no")
+    assert run("f", lambda a: {"sum": a + 1}, {"a": 1}) == '{"sum": 2}'
+    assert run("f", lambda a: "text", {"a": 1}) == "text"
+    assert run("f", lambda a: a, {}).startswith("error: ")                # wrong arity
+    assert run("f", boom, {}) == "error: no"
+    assert run("f", lambda: {1, 2}, {}).startswith("error: ")            # a result JSON cannot hold
+    assert len(run("f", lambda: "x" * 10**6, {})) < 1100
+    assert rest.execute([MalformedCall("bad line")], {}, []) == ["error: bad line"]
+    assert "unknown tool '__import__'" in rest.execute([Call("__import__", {"name": "os"})], {"add": None}, [TOOL])[0]
+
+
+def test_a_slow_tool_is_abandoned():
+    """A tool that sleeps 5 s under a limit of 0.1 s costs the episode 0.1 s, off the main thread as on it."""
+    start = time.perf_counter()
+    assert "too long" in run("f", lambda: time.sleep(5), {}, timeout=0.1)
+    assert time.perf_counter() - start < 2
+
+
+def test_hostile_calls_through_the_real_tools_cost_milliseconds(tmp_path, monkeypatch):
+    from toy_tools import tools
+    monkeypatch.chdir(tmp_path)
+    box = tools.ToolBox()
+    schemas = [tool.schema() for tool in tools.TOOLS.values()]
+    hostile = ["9**9**9", "9^9^9", "__import__('os').system('touch x')", "(" * 10_000 + "1" + ")" * 10_000, "1" * 10**6, "nan", "1/0", "", "1+" * 5000 + "1"]
+    calls = [Call(name, {p: h for p in tool.parameters}) for name, tool in tools.TOOLS.items() for h in hostile]
+    start = time.perf_counter()
+    results = rest.execute(calls, box.functions, schemas)
+    assert (time.perf_counter() - start) / len(calls) < 0.02
+    assert all(isinstance(r, str) and len(r) < 1100 for r in results) and not list(tmp_path.iterdir())
+    assert all(r.startswith("error") for c, r in zip(calls, results) if c.name == "calculator")
+
+
+# ------------------------------------------------------------------------------------------------------------------------ regions
+
+def spans(text):
+    """The text cut into runs of one region: [(region, text)]."""
+    out = []
+    for label, c in zip(rest.label_chars(text), text):
+        if out and out[-1][0] == label:
+            out[-1] = (label, out[-1][1] + c)
+        else:
+            out.append((label, c))
+    return out
+
+
+def test_regions_of_a_full_completion():
+    text = '<think>hm</think>\n<tool_call>\n{"name": "add", "arguments": {"a": [1]}}\n</tool_call><response>ok</response>'
+    assert spans(text) == [
+        (TAG, "<think>"), (THOUGHT, "hm"), (TAG, "</think>"), (SCAFFOLD, "\n"), (TAG, "<tool_call>"), (SCAFFOLD, '\n{"name": "'), (NAME, "add"),
+        (SCAFFOLD, '", "arguments": '), (PARAMS, '{"a": [1]}'), (SCAFFOLD, "}\n"), (TAG, "</tool_call><response>"), (TEXT, "ok"), (TAG, "</response>")]
+
+
+def test_regions_do_not_depend_on_the_order_of_keys_and_reach_every_call():
+    line = '{"parameters": {"name": "x"}, "name": "f"}'
+    labels = [(r, s) for r, s in spans(f"<tool_call>{line}\n{line}</tool_call>") if r in (NAME, PARAMS)]
+    assert labels == [(PARAMS, '{"name": "x"}'), (NAME, "f")] * 2
+
+
+def test_regions_of_broken_text():
+    assert spans("<think>no end")[-1] == (THOUGHT, "no end")
+    assert spans('<tool_call>{"name": "f", "arguments": {"a": 1')[-1] == (PARAMS, '{"a": 1')
+    assert spans('<tool_call>{"name": "fo')[-1] == (NAME, "fo")
+    assert spans("stray <tool_call>x</tool_call>")[0] == (TEXT, "stray")
+    assert (THOUGHT, "see <tool_call>{}</tool_call>") in spans("<think>see <tool_call>{}</tool_call></think>")
+    assert (PARAMS, '{"a": "</tool_call>"}') in spans('<tool_call>{"name": "f", "arguments": {"a": "</tool_call>"}}</tool_call>')
+
+
+def test_a_token_takes_the_region_of_its_first_visible_character():
+    pieces = ["<tool_call>", '{"name": "', "f", '", "arguments":', " {", '"a": 1', "}}", "\n", "</tool_call>"]
+    region, touched = rest.tag_regions(pieces)
+    assert region == [TAG, SCAFFOLD, NAME, SCAFFOLD, PARAMS, PARAMS, PARAMS, SCAFFOLD, TAG]
+    assert touched[6] == 1 << PARAMS | 1 << SCAFFOLD  # `}}` closes the parameters and the call
+
+
+def test_retokenising_would_shift_labels_where_sampled_ids_do_not(tokenizer):
+    """Pitfall 3. A policy may sample a non-canonical tokenisation; labels follow the ids it sampled, one each."""
+    from toy_tools.policy import build_tokenizer
+    merged = build_tokenizer([CALL] * 50, vocab_size=320)
+    byte_ids = [merged.convert_tokens_to_ids(t) if isinstance(t, str) else t for t in tokenizer.convert_ids_to_tokens(
+        tokenizer(CALL, add_special_tokens=False)["input_ids"])]
+    canonical = merged(CALL, add_special_tokens=False)["input_ids"]
+    assert merged.decode(byte_ids) == CALL == merged.decode(canonical) and len(byte_ids) > len(canonical)
+    for ids in (byte_ids, canonical):
+        pieces = [merged.decode([x]) for x in ids]
+        region, _ = rest.tag_regions(pieces)
+        assert len(region) == len(ids)
+        assert "".join(p for p, r in zip(pieces, region) if r == NAME) == "add"
+    re_encoded, _ = rest.tag_regions([merged.decode([x]) for x in merged(merged.decode(byte_ids), add_special_tokens=False)["input_ids"]])
+    assert len(re_encoded) != len(byte_ids)  # the broken variant: labels of other tokens, in other places
+
+
+# ------------------------------------------------------------------------------------------------------------------------- reward
+
+def test_same_value():
+    assert rest.same_value(1, 1.0) and rest.same_value({"a": [1, None]}, {"a": [1.0, None]})
+    assert not rest.same_value(1, True) and not rest.same_value("1", 1) and not rest.same_value([1], [1, 2]) and not rest.same_value({}, [])
+    assert not rest.same_value({"a": [True]}, {"a": [1]})
+
+
+A, B = Call("f", {"x": 1, "y": 2}), Call("g", {})
+
+
+@pytest.mark.parametrize("gold, predicted, score", [
+    ([A], [A], 1), ([A, B], [B, A], 1), ([B], [B], 1),
+    ([A], [], 0), ([A], [B], 0), ([A], [MalformedCall("x")], 0), ([A], [A, MalformedCall("x")], 0),
+    ([A], [Call("f", {"x": 1, "y": 3})], (1 + 1 + 1) / 4),          # names 1, parameter names 1, one of two values, of 1 + (1 + 2)
+    ([A], [Call("f", {"x": 1})], (1 + 1 / 2 + 1) / 4),
+    ([A], [A, B], (1 / 2 + 3) / 4),                                 # a surplus call halves the Jaccard of names
+    ([A, A], [A], (1 / 2 + 3) / 7),                                 # one prediction serves one gold call only
+    ([A, Call("f", {"x": 5})], [Call("f", {"x": 5}), A], 1),        # best match, not first match
+    ([Call("f", {"x": 1}), A], [A, Call("f", {"z": 0})], (1 + 1 / 2 + 1 + 0) / 6)])  # greedy in gold's order, and 0 consumes nothing
+def test_correctness_score_by_hand(gold, predicted, score):
+    assert rest.correctness_score(gold, predicted) == pytest.approx(score)
+
+
+def test_correctness_is_one_only_for_the_same_multiset():
+    rng = random.Random(2)
+    for _ in range(300):
+        calls = random_calls(rng)
+        shuffled = rng.sample(calls, len(calls))
+        assert rest.correctness_score(calls, shuffled) == pytest.approx(1.0)
+        fewer = shuffled[1:]
+        assert rest.correctness_score(calls, fewer) < 1 and rest.correctness_score(calls, shuffled + [Call("surplus", {})]) < 1
+
+
+@pytest.mark.parametrize("text, required, score", [
+    (CALL, ("think", "tool_call"), 1), (CALL + "\n", ("think", "tool_call"), 1), (CALL + call_text(B), ("think", "tool_call"), 1),
+    (CALL, ("think", "response"), 0), (CALL + "<response>x</response>", ("think", "tool_call"), 0),
+    (CALL + "<response>x</response>", ("think", "tool_call", "response"), 1), ("<response>x</response>" + CALL, ("think", "tool_call", "response"), 0),
+    (CALL + " stray", ("think", "tool_call"), 0), (CALL.replace("</think>", ""), ("think", "tool_call"), 0), (CALL[:-1], ("think", "tool_call"), 0),
+    ("<think>a</think>" + CALL, ("think", "tool_call"), 0), ("", ("think", "tool_call"), 0), ("<think></think><response></response>", ("think", "response"), 1)])
+def test_format_score(text, required, score):
+    assert rest.format_score(text, required) == score
+
+
+def test_reward_ranges_and_schedule():
+    """Static: [-3, 4]. Dynamic: format's share shrinks and correctness' grows with progress, within the authors' bounds."""
+    assert [rest.episode_reward(f, c, 0.3, "static") for f, c in ((0, 0), (1, 1), (1, None), (0, 0.5))] == [-3, 4, 1, 0]
+    assert rest.episode_reward(1, 1, 0.0) == 2 + 2 and rest.episode_reward(0, 0, 0.0) == -2 - 2
+    assert rest.episode_reward(1, 1, 1.0) == pytest.approx(1.3 + 2.7) and rest.episode_reward(0, 0, 1.0) == pytest.approx(-1 - 2.7)
+    share = [(rest.episode_reward(1, 0.5, p) - rest.episode_reward(0, 0.5, p)) / (rest.episode_reward(0, 1, p) - rest.episode_reward(0, 0, p))
+             for p in (0, 0.25, 0.5, 0.75, 1)]
+    assert share == sorted(share, reverse=True) and share[0] > 1.5 * share[-1]
+
+
+def test_episode_scores():
+    answer = "<think>a</think><response>no tool fits</response>"
+    assert rest.score_texts([CALL], ROW) == (1.0, 1.0, True)
+    assert rest.score_texts([CALL.replace("1,", "7,")], ROW)[2] is False
+    assert rest.score_texts([CALL + "x"], ROW) == (0.0, 1.0, False)
+    none = {**ROW, "gold": [[]]}
+    assert rest.score_texts([answer], none) == (1.0, None, True)
+    assert rest.score_texts([CALL], none) == (0.0, None, False)  # a call where none was asked for earns no format point
+    two = {**ROW, "gold": [ROW["gold"][0], []]}
+    assert rest.score_texts([CALL, answer], two) == (1.0, 1.0, True)
+    assert rest.score_texts([CALL], two) == (0.5, 1.0, False) and rest.score_texts([CALL, answer, answer], two) == (pytest.approx(2 / 3), 1.0, False)
+    assert rest.score_texts([CALL + "<response>x</response>"], {**ROW, "blocks": [["think", "tool_call", "response"]]})[2] is True
+
+
+# ----------------------------------------------------------------------------------------------------------------- chat templates
+
+def test_templates_that_ignore_tools_get_them_as_text(tokenizer):
+    import copy
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+    prompt, forced = rest.encode_prompt(plain, ROW["messages"], ROW["tools"], "Think first.")
+    text = plain.decode(prompt)
+    assert text.startswith("<|im_start|>system\nThink first.\n\n# Tools") and '"name": "add"' in text and forced == []
+    with_system = [{"role": "system", "content": "Be brief."}, *ROW["messages"]]
+    text = plain.decode(rest.encode_prompt(plain, with_system, ROW["tools"])[0])
+    assert text.count("<|im_start|>system") == 1 and "Be brief." in text and text.count("1+2?") == 1
+    assert "Tools" not in tokenizer.decode(rest.encode_prompt(tokenizer, ROW["messages"], ROW["tools"])[0])
+    plain.chat_template = None
+    with pytest.raises(ValueError, match="chat template"):
+        rest.encode_prompt(plain, ROW["messages"], ROW["tools"])
+
+
+def test_a_thought_opened_by_the_template_is_forced_not_prompt(tokenizer):
+    import copy
+    opened = copy.deepcopy(tokenizer)
+    opened.chat_template = tokenizer.chat_template.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    prompt, forced = rest.encode_prompt(opened, ROW["messages"], ROW["tools"])
+    assert opened.decode(forced) == "<think>\n" and opened.decode(prompt).endswith("assistant\n")
+    suffix, forced = rest.encode_results(opened, ["3"])
+    assert opened.decode(suffix) == "\n<|im_start|>tool\n3<|im_end|>\n<|im_start|>assistant\n" and opened.decode(forced) == "<think>\n"

@@ -1,0 +1,192 @@
+"""Rollouts: what is sampled, what is forced, what is recorded; with scripted and uniform fakes, and shared against plain decoding."""
+
+import math
+
+import pytest
+import torch
+from conftest import CALL, ROW, ScriptedModel, llama, qwen3, scripted
+
+import rest
+
+ANSWER = "<think>done</think><response>3</response>"
+LONG = {**ROW, "messages": [{"role": "user", "content": "please add the numbers 1 and 2 for me, would you?"}]}
+
+
+class Box:
+    """The live environment of ROW."""
+    functions = {"add": lambda a, b: a + b}
+
+
+def config(**kwargs):
+    return rest.Config(**{"group": 2, "max_completion_tokens": 60, **kwargs})
+
+
+def test_a_script_comes_back_verbatim_with_its_end_token(tokenizer):
+    """Rows of different lengths: tokens are the script's, the end token is kept and marked as sampled, nothing behind it."""
+    texts = [CALL, "a", "<think>", CALL + CALL]
+    out = rest.rollout(scripted(tokenizer, texts), tokenizer, [ROW, ROW], config(max_completion_tokens=130))
+    for i, text in enumerate(texts):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        assert out.tokens[i, :len(ids)].tolist() == ids and int(out.length[i]) == len(ids)
+        assert out.sampled[i].tolist() == [True] * len(ids) + [False] * (out.tokens.shape[1] - len(ids))
+        assert out.texts[i] == [text] and out.turns[i] == [(0, len(ids))]
+    assert not out.truncated.any() and out.tokens.shape[1] == int(out.length.max())
+
+
+def test_truncation_is_marked_and_scored_as_it_stands(tokenizer):
+    out = rest.rollout(scripted(tokenizer, [CALL, "a"]), tokenizer, [ROW], config(max_completion_tokens=5))
+    assert out.truncated.tolist() == [True, False]
+    assert out.texts[0] == [tokenizer.decode(tokenizer(CALL)["input_ids"][:5])] and out.turns == [[(0, 5)], [(0, 2)]]
+
+
+def test_uniform_logits_give_log_v_nats_and_uniform_tokens(tokenizer):
+    """logp = -log V and entropy = log V exactly; 4000 draws over 265 tokens: chi-square within 6 standard deviations (a fair sampler
+    fails once in 10^8 seeds, and the seed is fixed)."""
+    V = len(tokenizer)
+    fake = ScriptedModel(lambda row, t, last: torch.zeros(V).index_fill(0, torch.tensor([tokenizer.eos_token_id]), -torch.inf), V)
+    out = rest.rollout(fake, tokenizer, [ROW] * 10, config(group=8, max_completion_tokens=50))
+    assert torch.allclose(out.logp, torch.tensor(-math.log(V - 1))) and torch.allclose(out.entropy, torch.tensor(math.log(V - 1)))
+    counts, expected = torch.bincount(out.tokens.flatten(), minlength=V).float(), out.tokens.numel() / (V - 1)
+    assert counts[tokenizer.eos_token_id] == 0
+    chi2 = ((counts - expected) ** 2 / expected).sum() - expected
+    assert abs(chi2 - (V - 2)) < 6 * math.sqrt(2 * (V - 2))
+
+
+def test_sampling_follows_the_distribution_at_the_temperature(tokenizer):
+    """Three tokens with logits 0, 1, 2 at T = 0.5: frequencies within 5 standard errors of softmax(2 logits); logp and entropy are of that distribution."""
+    V, n = len(tokenizer), 4000
+    logits = torch.full((V,), -torch.inf)
+    logits[10:13] = torch.tensor([0.0, 1.0, 2.0])
+    out = rest.rollout(ScriptedModel(lambda *_: logits, V), tokenizer, [ROW] * 40, config(group=2, max_completion_tokens=50, temperature=0.5))
+    p = torch.softmax(2 * torch.tensor([0.0, 1.0, 2.0]), 0)
+    frequency = torch.stack([(out.tokens == k).float().mean() for k in (10, 11, 12)])
+    assert ((frequency - p).abs() < 5 * (p * (1 - p) / n).sqrt()).all()
+    assert torch.allclose(out.logp, p.log()[out.tokens - 10], atol=1e-6)
+    assert torch.allclose(out.entropy, -(p * p.log()).sum(), atol=1e-6)
+
+
+def two_turns(tokenizer, first, second):
+    """A fake that writes `first`, and `second` once it has been fed another assistant header."""
+    ids = {k: tokenizer(t, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for k, t in enumerate((first, second))}
+    header = tokenizer("assistant\n", add_special_tokens=False)["input_ids"]
+    state = {}
+
+    def script(row, t, last):
+        seen, turn, pos = state.get(row, ([], 0, 0)) if t else ([], 0, 0)
+        seen = seen + [last]
+        if seen[-len(header):] == header and t:
+            turn, pos = turn + 1, 0
+        wanted = ids[min(turn, 1)]
+        logits = torch.zeros(len(tokenizer))
+        logits[wanted[min(pos, len(wanted) - 1)]] = 30.0
+        state[row] = (seen, turn, pos + 1)
+        return logits
+    return ScriptedModel(script, len(tokenizer))
+
+
+def test_live_episodes_execute_calls_and_feed_results_as_forced_tokens(tokenizer):
+    """Pitfalls 2 and 3: the tool's tokens are in the episode and not in the mask; what was sampled stands there verbatim."""
+    out = rest.rollout(two_turns(tokenizer, CALL, ANSWER), tokenizer, [ROW], config(max_turns=3, max_completion_tokens=300), toolbox_for=lambda row: Box)
+    assert out.texts == [[CALL, ANSWER]] * 2 and not out.truncated.any()
+    n, ids = int(out.length[0]), out.tokens[0].tolist()
+    assert tokenizer.decode(ids[:n]) == CALL + "<|im_end|>\n<|im_start|>tool\n3<|im_end|>\n<|im_start|>assistant\n" + ANSWER + "<|im_end|>"
+    (a, b), (c, d) = out.turns[0]
+    assert out.sampled[0].tolist() == [a <= t < b or c <= t < d for t in range(n)]
+    assert tokenizer.decode(ids[b:c]) == "\n<|im_start|>tool\n3<|im_end|>\n<|im_start|>assistant\n"
+    assert (out.logp[0, b:c] == 0).all() and (out.entropy[0, b:c] == 0).all() and (out.entropy[0, a:b] > 0).all()
+    row = {**ROW, "gold": [ROW["gold"][0], []]}
+    assert rest.score_texts(out.texts[0], row) == (1.0, 1.0, True)
+    region, touched = rest.token_regions(tokenizer, out, {tokenizer.eos_token_id})
+    assert (region[~out.sampled] == -1).all() and (region[out.sampled] >= 0).all() and (touched[~out.sampled] == 0).all()
+    assert region[0, b - 1] == rest.TAG == region[0, d - 1]  # end of turn is format
+
+
+def test_max_turns_ends_an_episode_that_never_stops_calling(tokenizer):
+    out = rest.rollout(two_turns(tokenizer, CALL, CALL), tokenizer, [ROW], config(max_turns=2, max_completion_tokens=400), toolbox_for=lambda row: Box)
+    assert out.texts[0] == [CALL, CALL] and not out.truncated.any()
+
+
+def test_without_a_toolbox_calls_are_not_executed(tokenizer):
+    out = rest.rollout(two_turns(tokenizer, CALL, ANSWER), tokenizer, [ROW], config(max_completion_tokens=300))
+    assert out.texts[0] == [CALL]
+
+
+def test_a_forced_thought_opening_is_no_decision_of_the_policy(tokenizer):
+    import copy
+    opened = copy.deepcopy(tokenizer)
+    opened.chat_template = tokenizer.chat_template.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    forced = tokenizer("<think>\n", add_special_tokens=False)["input_ids"]
+    fake = scripted(tokenizer, ["xx" + CALL[len("<think>"):]] * 2)  # its first two choices are overruled
+    out = rest.rollout(fake, opened, [ROW], config(max_completion_tokens=90))
+    assert out.tokens[0, :2].tolist() == forced and out.sampled[0, :3].tolist() == [False, False, True]
+    assert out.texts[0][0].startswith("<think>\n") and rest.score_texts(out.texts[0], ROW)[2]
+
+
+MODELS = {"qwen3": qwen3, "untied, no GQA": lambda: qwen3(tie=False, kv=4), "llama": llama}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_shared_and_plain_decoding_sample_the_same(tokenizer, name):
+    """Ragged prompts, left padding, finished rows leaving: same tokens; logps, entropies and a fresh forward agree within 1e-4 (float32)."""
+    model, rows = MODELS[name](), [ROW, LONG, {**LONG, "tools": []}]
+    assert rest.can_share(model)
+    model.lm_head.weight.data[tokenizer.eos_token_id] += 0.3 * model.lm_head.weight.data.std()  # rows end at different times
+    cfg = config(group=4, max_completion_tokens=40, temperature=0.7)
+    a = rest.rollout(model, tokenizer, rows, cfg, seed=3)
+    b = rest.rollout(model, tokenizer, rows, config(group=4, max_completion_tokens=40, temperature=0.7, shared_prefix=False), seed=3)
+    assert torch.equal(a.tokens, b.tokens) and torch.equal(a.sampled, b.sampled) and a.texts == b.texts
+    assert torch.allclose(a.logp, b.logp, atol=1e-4) and torch.allclose(a.entropy, b.entropy, atol=1e-4)
+    for shared in (True, False):
+        logp, entropy = rest.completion_logps(model, a.prompts, a.tokens.view(3, 4, -1), 0.7, shared)
+        assert torch.allclose(logp.flatten(0, 1)[a.sampled], a.logp[a.sampled], atol=1e-4)
+        assert torch.allclose(entropy.flatten(0, 1)[a.sampled], a.entropy[a.sampled], atol=1e-4)
+    wrong = rest.completion_logps(model, a.prompts, a.tokens.view(3, 4, -1), 1.0, True)[0].flatten(0, 1)  # pitfall 5: T forgotten
+    assert (wrong[a.sampled] - a.logp[a.sampled]).abs().max() > 0.01
+
+
+def test_who_leaves_the_batch_does_not_change_what_others_sample(tokenizer):
+    """Row i draws from its own stream: making rows 0 and 3 end at once leaves the other rows' tokens as they were."""
+    V = len(tokenizer)
+
+    def script(quick):
+        def f(row, t, last):
+            logits = torch.sin(torch.arange(V) * (1.0 + row) + t)
+            logits[tokenizer.eos_token_id] = 50.0 if row in quick and t == 1 else -50.0
+            return logits
+        return ScriptedModel(f, V)
+    cfg = config(group=2, max_completion_tokens=20)
+    a, b = (rest.rollout(script(quick), tokenizer, [ROW] * 3, cfg, seed=5) for quick in ((), (0, 3)))
+    assert b.length.tolist() == [2, 20, 20, 2, 20, 20]
+    for i in (1, 2, 4, 5):
+        assert torch.equal(a.tokens[i], b.tokens[i]) and torch.equal(a.logp[i], b.logp[i])
+    other = rest.rollout(script(()), tokenizer, [ROW] * 3, cfg, seed=6)
+    assert not torch.equal(a.tokens, other.tokens)
+
+
+def test_greedy_takes_the_most_likely_token(tokenizer):
+    model = qwen3()
+    out = rest.rollout(model, tokenizer, [ROW], config(max_completion_tokens=12), group=1, greedy=True)
+    ids = out.prompts[0]
+    for t in range(int(out.length[0])):
+        with torch.no_grad():
+            best = int(model(torch.tensor([ids])).logits[0, -1].argmax())
+        assert best == int(out.tokens[0, t])
+        ids = ids + [best]
+
+
+def test_models_that_cannot_share_take_the_plain_path(tokenizer):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    sliding = Qwen3ForCausalLM(Qwen3Config(vocab_size=265, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                                           num_key_value_heads=2, head_dim=8, use_sliding_window=True, sliding_window=4, max_window_layers=0))
+    assert not rest.can_share(sliding)
+    out = rest.rollout(sliding, tokenizer, [ROW, LONG], config(max_completion_tokens=10))
+    logp, _ = rest.completion_logps(sliding, out.prompts, out.tokens.view(2, 2, -1), 1.0, shared=False)
+    assert torch.allclose(logp.flatten(0, 1)[out.sampled].detach(), out.logp[out.sampled], atol=1e-4)
+
+
+def test_evaluate_counts_per_category(tokenizer):
+    rows = [ROW, {**ROW, "category": "other", "gold": [[]]}, ROW]
+    table = rest.evaluate(scripted(tokenizer, [CALL, CALL, "x"]), tokenizer, rows, config(max_completion_tokens=130), greedy=True)
+    assert list(table) == ["other", "simple", "all"]
+    assert table["simple"]["n"] == 2 and table["simple"]["exact"] == 0.5 and table["other"]["exact"] == 0.0 and table["all"]["exact"] == pytest.approx(1 / 3)
+    assert table["other"]["correct"] is None and table["simple"]["correct"] == 0.5

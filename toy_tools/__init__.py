@@ -1,0 +1,1 @@
+"""Everything around rest.py: executable toy tools and tasks, the embedded policy, loaders, benchmarks."""

@@ -1,0 +1,193 @@
+"""Policies: the embedded one (a 1M-parameter Qwen3 and its BPE tokenizer, made from scratch in seconds) and any Hugging Face chat model;
+and the supervised warm start that gives reinforcement learning something to reinforce."""
+
+import hashlib
+import importlib.metadata
+import inspect
+import os
+import random
+import re
+import shutil
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+import rest
+from toy_tools import tasks, tools
+
+# --------------------------------------------------------------------------------------------- the embedded policy
+
+TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<response>", "</response>"]
+CHAT_TEMPLATE = (  # tools as signatures, name(param: type, ...): description, a third of the tokens that JSON schemas take
+    "{% if tools %}{% for tool in tools %}{% set f = tool.function %}{{ f.name }}("
+    "{% for name, p in f.parameters.properties.items() %}{{ name }}: {{ p.type }}{% if p.enum %} {{ p.enum | join('|') }}{% endif %}"
+    "{% if not loop.last %}, {% endif %}{% endfor %}): {{ f.description }}\n{% endfor %}{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def build_tokenizer(texts, vocab_size=1024):
+    """Byte-level BPE over `texts` with single tokens for the tags and single digits, as a transformers tokenizer with a chat template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size - len(TAGS), special_tokens=["<|pad|>", "<|im_start|>", "<|im_end|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.add_tokens(TAGS)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|im_end|>",
+                                        additional_special_tokens=["<|im_start|>"], clean_up_tokenization_spaces=False)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def build_model(vocab_size, seed=0):
+    """A randomly initialised Qwen3 of about 1M parameters."""
+    torch.manual_seed(seed)
+    return Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=vocab_size, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=32, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None, eos_token_id=2, pad_token_id=0))
+
+
+def noisy_demonstration(row, rng, noise):
+    """The row's next turn as an imperfect demonstrator would write it: each kind of mistake with probability `noise`.
+
+    Structure: a thought left open or left out, broken JSON, a call beside a response. Content: a wrong tool, a wrong or missing argument."""
+    calls, demo = [dict(c) for c in row["gold"][0]], row["demo"][0]
+    for call in calls:
+        call["arguments"] = dict(call["arguments"])
+        if rng.random() < noise:
+            call["name"] = rng.choice([tool["function"]["name"] for tool in row["tools"]])
+        if rng.random() < noise and call["arguments"]:
+            key = rng.choice(list(call["arguments"]))
+            value = call["arguments"].pop(key)
+            if rng.random() < 0.5 and isinstance(value, str):
+                call["arguments"][key] = value[:max(1, len(value) // 2)]
+    if rng.random() < noise:
+        calls = calls[:-1] if len(calls) > 1 else calls
+    response = demo["response"]
+    if calls and rng.random() < noise:
+        response = "Done."
+    text = tasks.completion_text(calls, demo["think"], response)
+    if rng.random() < noise:
+        text = text.replace("</think>", "", 1)
+    if rng.random() < noise:
+        text = re.sub(r"<think>.*?</think>\n?", "", text, count=1, flags=re.S)
+    if calls and rng.random() < noise:
+        text = text.replace("}}", "}", 1)
+    return text
+
+
+def tiny_policy(seed=0, steps=400, batch=64, learning_rate=2e-3, noise=0.15, mask_names=False, device="cpu", progress=True):
+    """(model, tokenizer) of the embedded policy after its warm start; kept under $REST_CACHE (default ~/.cache/rest).
+
+    The cache key covers every argument, the sources that make data and model, and the library versions."""
+    sources = "".join(inspect.getsource(m) for m in (tools, tasks, inspect.getmodule(tiny_policy)))
+    versions = [importlib.metadata.version(p) for p in ("torch", "transformers", "tokenizers")]
+    key = repr((sources, versions, seed, steps, batch, learning_rate, noise, mask_names))
+    folder = Path(os.environ.get("REST_CACHE", "~/.cache/rest")).expanduser() / hashlib.sha256(key.encode()).hexdigest()[:16]
+    if folder.is_dir():
+        return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    rows = [step for row in tasks.make_rows(steps * batch // 2, "train", seed=seed + 1, mask_names=mask_names)
+            for step in tasks.decompose(row)]
+    rng = random.Random(seed)
+    pairs = [(row, noisy_demonstration(row, rng, noise)) for row in rows]
+    sample = pairs[:4000]
+    tokenizer = build_tokenizer([str(row["tools"]) + " ".join(m["content"] for m in row["messages"]) + text for row, text in sample])
+    model = build_model(len(tokenizer), seed).to(device)
+    warm_start(model, tokenizer, pairs, steps, batch, learning_rate, seed, progress=progress)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=folder.parent))  # written beside, then renamed: an interrupted run leaves no half cache
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    try:
+        part.rename(folder)
+    except OSError:  # another process was faster
+        shutil.rmtree(part)
+    return model, tokenizer
+
+
+# --------------------------------------------------------------------------------------------- supervised warm start, any model
+
+def warm_start(model, tokenizer, pairs, steps, batch=8, learning_rate=2e-4, seed=0, micro_batch=None, instructions="", progress=True):
+    """Supervised steps on pairs (row, completion text): cross entropy on the completion and its end-of-turn token. Returns the last losses."""
+    device, rng = next(model.parameters()).device, random.Random(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
+    order = [i for _ in range(-(-steps * batch // len(pairs))) for i in rng.sample(range(len(pairs)), len(pairs))]
+    micro_batch, losses = micro_batch or batch, []
+    model.train()
+    bar = tqdm(range(steps), desc="warm start", disable=not progress, mininterval=1)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min(1, (step + 1) / 20, 0.1 + 0.9 * (steps - step) / max(1, steps // 2))
+        chosen, total = [], 0
+        for i in order[step * batch:(step + 1) * batch]:
+            row, text = pairs[i]
+            prompt, forced = rest.encode_prompt(tokenizer, row["messages"], row["tools"], instructions)
+            target = tokenizer(text, add_special_tokens=False)["input_ids"][len(forced):] + [tokenizer.eos_token_id]
+            chosen.append((prompt + forced, target))
+            total += len(target)
+        chosen.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
+        optimizer.zero_grad(set_to_none=True)
+        loss = 0.0
+        for start in range(0, batch, micro_batch):
+            part = chosen[start:start + micro_batch]
+            width = max(len(p) + len(t) for p, t in part)
+            ids = torch.zeros(len(part), width, dtype=torch.long)
+            mask = torch.zeros(len(part), width, dtype=torch.bool)  # True at completion tokens
+            for r, (p, t) in enumerate(part):
+                ids[r, :len(p) + len(t)] = torch.tensor(p + t)
+                mask[r, len(p):len(p) + len(t)] = True
+            ids, mask = ids.to(device), mask.to(device)  # right-padded: no attention mask needed, what is behind is not seen
+            with rest.autocast(model) or nullcontext():
+                hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][mask[:, 1:]]  # (tokens, H)
+                logp, _ = rest.token_logps(hidden, ids[:, 1:][mask[:, 1:]], 1.0, model.get_output_embeddings())
+            micro = -logp.sum() / total
+            micro.backward()
+            loss += float(micro.detach())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss)
+        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+    model.eval()
+    return losses
+
+
+# --------------------------------------------------------------------------------------------- real models
+
+def load_model(path, dtype=torch.float32, gradient_checkpointing=False):
+    """(model, tokenizer) from a hub id, a folder, or a .gguf file, with dropout off (it would make the importance ratio differ from 1).
+
+    Raises FileNotFoundError / ImportError / ValueError with what to do."""
+    kwargs = {}
+    if str(path).endswith(".gguf"):
+        file = Path(path)
+        if not file.is_file():
+            raise FileNotFoundError(f"no such file: {path}")
+        try:
+            import accelerate  # noqa: F401
+            import gguf  # noqa: F401
+            from transformers import GgufConfig
+        except ImportError as error:
+            raise ImportError(f"reading a .gguf file needs two optional packages: pip install gguf accelerate ({error})") from error
+        kwargs, path = {"gguf_file": file.name}, str(file.parent)
+        config = AutoConfig.from_pretrained(path, **kwargs)
+        quantization = {"quantization_config": GgufConfig(dequantize=True)}
+    else:
+        config, quantization = AutoConfig.from_pretrained(path), {}
+    for name, value in vars(config).items():
+        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
+            setattr(config, name, 0.0)
+    tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
+    model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, **kwargs, **quantization)
+    if not tokenizer.chat_template:
+        raise ValueError(f"{path} has no chat template; use an instruct model, or set tokenizer.chat_template and save it to a folder")
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model, tokenizer

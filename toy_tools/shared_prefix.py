@@ -1,0 +1,205 @@
+"""How the model is run: attention that keeps a group's prompt only once, for any Hugging Face model with pluggable attention
+(AttentionInterface), and the two decoders of the rollout loop, shared and plain.
+
+A group's G completions share their prompt. In the update one batch row holds [prompt | completion 1 | … | completion G] and the layout says
+who may see whom; while decoding, the prompt's keys and values are stored once per group, next to each completion's own. Exact: what a
+token sees is what it would see in its own row. rest.can_share tells for which models, and rest.py has the plain path beside it."""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+log = logging.getLogger("rest")
+
+
+@dataclass
+class PackedLayout:
+    """Batch rows [prompt | G completions of T tokens], length Lp + G*T. prompt_mask: bool [P, Lp], False at left padding."""
+    prompt_mask: torch.Tensor
+    group: int
+    length: int
+    masks: tuple = None
+
+    def attend(self, q, k, v, scale):  # q [P, H, Lp+G*T, D], k and v [P, Hkv, Lp+G*T, D]
+        (P, Lp), G, T = self.prompt_mask.shape, self.group, self.length
+        if self.masks is None:  # the same for all layers
+            see = self.prompt_mask[:, None, None, :]  # (P, 1, 1, Lp)
+            own = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+            eye = torch.eye(Lp, dtype=torch.bool, device=q.device)  # padding sees itself: a fully masked row would be NaN
+            self.masks = (None if self.prompt_mask.all() else (see & torch.ones_like(eye).tril()) | eye,
+                          torch.cat([see.expand(P, 1, T, Lp), own.expand(P, 1, T, T)], -1).repeat_interleave(G, 0))  # (P*G, 1, T, Lp+T)
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))  # grouped-query attention
+        out = F.scaled_dot_product_attention(q[:, :, :Lp], k[:, :, :Lp], v[:, :, :Lp], self.masks[0],
+                                             is_causal=self.masks[0] is None, scale=scale)
+        if G:
+            def unpack(x):  # (P, H, Lp+G*T, D) -> (P*G, H, T, D)
+                return x[:, :, Lp:].unflatten(2, (G, T)).transpose(1, 2).flatten(0, 1)
+            kg, vg = (torch.cat([x[:, None, :, :Lp].expand(-1, G, -1, -1, -1).flatten(0, 1), unpack(x)], 2) for x in (k, v))
+            own = F.scaled_dot_product_attention(unpack(q), kg, vg, self.masks[1], scale=scale)  # (P*G, H, T, D)
+            out = torch.cat([out, own.unflatten(0, (P, G)).transpose(1, 2).flatten(2, 3)], 2)
+        return out  # (P, H, Lp+G*T, D)
+
+
+class DecodeLayout:
+    """Keys and values while decoding: the prompt's once per group, [P, Hkv, Lp, D], each completion's own, [P*G, Hkv, T, D].
+
+    It plays both parts that transformers knows: the cache (`update`) and, through shared_attention, the attention pattern."""
+
+    def __init__(self, prompt_mask, group, length):
+        self.prompt, self.prompt_mask, self.group, self.length, self.step = [], prompt_mask, group, length, None
+        self.own, self.packed = [], PackedLayout(prompt_mask, 0, 0)
+        self.bias = torch.zeros(prompt_mask.shape, device=prompt_mask.device).masked_fill(~prompt_mask, -torch.inf)  # (P, Lp)
+
+    def update(self, k, v, layer, *args, **kwargs):
+        if self.step is None:  # prefill
+            shape = (k.shape[0] * self.group, k.shape[1], self.length, k.shape[3])
+            self.prompt.append((k, v))
+            self.own.append((v.new_empty(shape, dtype=k.dtype), v.new_empty(shape)))
+            return k, v
+        for own, new in zip(self.own[layer], (k, v)):
+            own[:, :, self.step] = new[:, :, 0]
+        return tuple(own[:, :, :self.step + 1] for own in self.own[layer])
+
+    def get_seq_length(self, layer=0):
+        return 0 if self.step is None else self.prompt_mask.shape[1] + self.step
+
+    def attend(self, q, k, v, scale, layer):  # q [S, H, 1, D], k and v [S, Hkv, t+1, D] with S = P*G
+        if self.step is None:
+            return self.packed.attend(q, k, v, scale)
+        (S, H, _, D), Hkv, (kp, vp) = q.shape, k.shape[1], self.prompt[layer]
+        P, G, R = kp.shape[0], self.group, H // Hkv
+        q = (q * scale).view(S, Hkv, R, D)
+        grouped = q.view(P, G, Hkv, R, D).transpose(1, 2).reshape(P, Hkv, G * R, D)
+        to_prompt = grouped @ kp.transpose(2, 3) + self.bias[:, None, None]  # (P, Hkv, G*R, Lp)
+        to_prompt = to_prompt.view(P, Hkv, G, R, -1).transpose(1, 2).reshape(S, Hkv, R, -1)
+        p = torch.cat([to_prompt, q @ k.transpose(2, 3)], -1).float().softmax(-1).to(v.dtype)  # (S, Hkv, R, Lp+t+1)
+        Lp = kp.shape[2]
+        shared = p[..., :Lp].reshape(P, G, Hkv, R, Lp).transpose(1, 2).reshape(P, Hkv, G * R, Lp) @ vp
+        shared = shared.view(P, Hkv, G, R, D).transpose(1, 2).reshape(S, Hkv, R, D)
+        return (shared + p[..., Lp:] @ v).view(S, H, 1, D)
+
+    def select(self, groups, slots, group):  # keep these groups of prompts and these slots, `group` to each
+        self.prompt = [tuple(x[groups] for x in kv) for kv in self.prompt]
+        self.own = [tuple(x[slots] for x in kv) for kv in self.own]
+        self.prompt_mask, self.bias, self.group = self.prompt_mask[groups], self.bias[groups], group
+
+
+def shared_attention(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):
+    """Attention function in transformers' AttentionInterface: output [batch, time, heads, D]. `layout` comes as a model kwarg."""
+    args = (query, key, value, scaling or query.shape[-1] ** -0.5)
+    out = layout.attend(*args, module.layer_idx) if isinstance(layout, DecodeLayout) else layout.attend(*args)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("rest_shared", shared_attention)
+
+
+class sharing:
+    """Context: the model's attention is shared_attention inside, what it was before outside."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __enter__(self):
+        self.before = self.model.config._attn_implementation
+        self.model.set_attn_implementation("rest_shared")
+
+    def __exit__(self, *exc):
+        self.model.set_attn_implementation(self.before)
+
+
+def left_pad(prompts, device):
+    """list of P id lists -> ids int64 [P, Lp], mask bool [P, Lp]; the last prompt token always stands in the last column."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
+    mask = torch.arange(width, device=device) >= width - torch.tensor([len(p) for p in prompts], device=device)[:, None]
+    return ids, mask
+
+
+class PlainDecoder:
+    """Decoding with the model's own attention and cache, each prompt repeated G times. The reference path, and the fallback."""
+
+    def __init__(self, model, prompts, group, length):
+        self.model, self.cache, self.groups = model, None, 1
+        self.ids, self.mask = (x.repeat_interleave(group, 0) for x in left_pad(prompts, next(model.parameters()).device))
+
+    def forward(self, ids, position_ids):
+        out = self.model(input_ids=ids, attention_mask=self.mask.long(), position_ids=position_ids, past_key_values=self.cache,
+                         use_cache=True, logits_to_keep=1)
+        self.cache = out.past_key_values
+        return out.logits[:, -1]
+
+    def prefill(self):
+        self.position = self.mask.sum(1)
+        return self.forward(self.ids, (self.mask.cumsum(1) - 1).clamp(min=0))
+
+    def step(self, ids, t):
+        self.mask = F.pad(self.mask, (0, 1), value=True)
+        return self.forward(ids[:, None], self.position[:, None] + t)
+
+    def select(self, groups, slots, group):
+        self.cache.batch_select_indices(slots)
+        self.mask, self.position = self.mask[slots], self.position[slots]
+
+
+class SharedDecoder:
+    """Decoding with each prompt's keys and values kept once per group (DecodeLayout)."""
+
+    def __init__(self, model, prompts, group, length):
+        self.model, self.groups = model, group
+        self.ids, self.mask = left_pad(prompts, next(model.parameters()).device)
+        self.layout = DecodeLayout(self.mask, group, length)
+
+    def forward(self, ids, position_ids):
+        hidden = self.model.base_model(input_ids=ids, position_ids=position_ids, past_key_values=self.layout, use_cache=True,
+                                       layout=self.layout).last_hidden_state
+        return self.model.get_output_embeddings()(hidden[:, -1])
+
+    def prefill(self):
+        self.position = self.mask.sum(1).repeat_interleave(self.groups)
+        return self.forward(self.ids, (self.mask.cumsum(1) - 1).clamp(min=0)).repeat_interleave(self.groups, 0)
+
+    def step(self, ids, t):
+        self.layout.step = t
+        return self.forward(ids[:, None], self.position[:, None] + t)
+
+    def select(self, groups, slots, group):
+        self.layout.select(groups, slots, group)
+        self.position = self.position[slots]
+
+
+def can_share(model):
+    """Whether the shared path is exact for this model: tried once on random ids against the plain path, and remembered.
+
+    False for architectures without pluggable attention, with sliding windows, or that post-process logits; those take the plain path."""
+    import rest
+    if not hasattr(model, "_rest_can_share"):
+        config, ok = getattr(model, "config", None), False
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        if getattr(model, "_supports_attention_backend", False) and kinds == {"full_attention"}:
+            device, training = next(model.parameters()).device, model.training
+            g = torch.Generator().manual_seed(0)
+            prompts = [torch.randint(0, config.vocab_size, (n,), generator=g).tolist() for n in (3, 5)]
+            completions = torch.randint(0, config.vocab_size, (2, 2, 4), generator=g).to(device)
+            model.eval()
+            try:
+                with torch.no_grad():
+                    a, b = (rest.completion_logps(model, prompts, completions, 1.0, shared=s)[0] for s in (True, False))
+                ok = torch.allclose(a, b, atol=1e-3 if a.dtype == b.dtype == torch.float32 and autocast(model) is None else 0.1)
+            except (TypeError, AttributeError, RuntimeError, ValueError) as error:
+                log.warning("shared-prefix path not usable: %s", error)
+            model.train(training)
+        if not ok:
+            log.warning("%s: prompts are not shared within groups (slower, same gradients)", type(model).__name__)
+        model._rest_can_share = ok
+    return model._rest_can_share
+
+
+def autocast(model):
+    """bf16 autocast for float32 weights on GPUs that have bf16; None elsewhere."""
+    parameter = next(model.parameters(), torch.empty(0))
+    if parameter.is_cuda and parameter.dtype == torch.float32 and torch.cuda.is_bf16_supported():
+        return torch.autocast("cuda", torch.bfloat16)

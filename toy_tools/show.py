@@ -1,0 +1,46 @@
+"""What people look at: one episode coloured by region with its weights, and evaluation tables."""
+
+import rest
+
+COLOURS = {rest.TAG: "90", rest.SCAFFOLD: "37", rest.NAME: "1;33", rest.PARAMS: "1;36", rest.THOUGHT: "32", rest.TEXT: "35"}
+GROUPS = (("format", (rest.TAG, rest.SCAFFOLD)), ("name", (rest.NAME,)), ("params", (rest.PARAMS,)), ("thought", (rest.THOUGHT,)),
+          ("text", (rest.TEXT,)))
+
+
+def episode(tokenizer, batch, i, region, weight, colour=True):
+    """Episode i of a Rollout as text: sampled tokens coloured by region, forced ones plain, the weight behind each run of equal weight;
+    then per region its tokens, mean entropy and weight."""
+    ids, regions = batch.tokens[i].tolist(), region[i].tolist()
+    weights, length = weight[i].tolist(), int(batch.length[i])
+    out, t = [], 0
+    while t < length:
+        end = t + 1
+        while end < length and regions[end] == regions[t] and abs(weights[end] - weights[t]) < 1e-6:
+            end += 1
+        text = tokenizer.decode(ids[t:end])
+        if regions[t] < 0:
+            out.append(text)
+        elif colour:
+            out.append(f"\033[{COLOURS[regions[t]]}m{text}\033[0m\033[2m·{weights[t]:.2f}\033[0m")
+        else:
+            out.append(f"[{rest.REGIONS[regions[t]]} {weights[t]:.2f}|{text}]")
+        t = end
+    lines = ["".join(out), ""]
+    for name, members in GROUPS:
+        inside = sum((region[i] == r) for r in members).bool()
+        if inside.any():
+            label = f"\033[{COLOURS[members[-1]]}m{name:8}\033[0m" if colour else f"{name:8}"
+            lines.append(f"  {label} {int(inside.sum()):4d} tokens   entropy {float(batch.entropy[i][inside].mean()):.3f} nats"
+                         f"   weight {float(weight[i][inside].mean()):.2f}")
+    return "\n".join(lines)
+
+
+def evaluation(before, after=None):
+    """Table of one or two rest.evaluate results: exact-call rate per category (format, mean tokens), before and after."""
+    head = f"{'category':14}{'n':>6}{'exact':>9}" + (f"{'->':>4}{'after':>8}{'change':>9}" if after else "") + f"{'format':>9}{'tokens':>8}"
+    lines = [head, "-" * len(head)]
+    for key, row in before.items():
+        last = (after or before)[key]
+        change = f"{'->':>4}{last['exact']:8.3f}{last['exact'] - row['exact']:+9.3f}" if after else ""
+        lines.append(f"{key:14}{row['n']:6d}{row['exact']:9.3f}{change}{last['format']:9.3f}{last['tokens']:8.1f}")
+    return "\n".join(lines)

@@ -1,0 +1,265 @@
+"""Train a tool-calling policy with ResT: `python train_small.py`. Without arguments it needs no download: it makes a 1M-parameter policy, warm-starts
+it on imperfect demonstrations, and reinforces it on executable toy tools. `--help` lists every knob; README.md has examples."""
+
+import csv
+import json
+import os
+import random
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser, set_seed
+from transformers.utils import logging as hf_logging
+
+import rest
+from toy_tools import policy, show, tasks
+
+INSTRUCTIONS = (
+    "First think inside <think> and </think>. Then either call tools, one JSON object per line inside <tool_call> and </tool_call>, "
+    "or, where no tool fits or nothing is left to call, answer inside <response> and </response>.")
+
+
+@dataclass
+class Run:
+    """What to run; the algorithm's own knobs are in rest.Config."""
+
+    name: str = field(default="", metadata={"help": "Folder under --output-dir; empty: METHOD-seedS, numbered if taken."})
+    output_dir: str = field(default="runs", metadata={"help": "Where runs are kept: metrics, config, policy."})
+    model: str = field(default="", metadata={"help": "Hub id, folder or .gguf file of a chat model; empty: the embedded 1M policy."})
+    data: str = field(default="", metadata={"help": "Training rows: .jsonl, ToolRL .parquet/.json, or a hub id; empty: toy tasks."})
+    device: str = field(default="", metadata={"help": "cuda, mps or cpu; empty: the first of these that is there."})
+    dtype: str = field(default="float32", metadata={"help": "Weights in float32 (with bf16 autocast on GPUs that have it) or bfloat16."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Less activation memory, about a third more time."})
+    warm_start_steps: int = field(default=-1, metadata={"help": "Supervised steps before RL; -1: 400 for the embedded policy, else 0."})
+    warm_start_batch: int = field(default=8, metadata={"help": "Rows per supervised step of a --model."})
+    warm_start_lr: float = field(default=2e-4, metadata={"help": "Learning rate of a --model's supervised steps."})
+    noise: float = field(default=0.15, metadata={"help": "Rate of each kind of mistake in the toy demonstrations."})
+    train_rows: int = field(default=4000, metadata={"help": "Toy tasks to train on."})
+    eval_rows: int = field(default=200, metadata={"help": "Held-out toy tasks to evaluate on, before and after."})
+    eval_samples: int = field(default=2, metadata={"help": "Completions sampled per held-out task."})
+    mask_names: bool = field(default=False, metadata={"help": "Random strings for tool and parameter names, so that descriptions must be read."})
+    save_steps: int = field(default=0, metadata={"help": "Checkpoint every so many steps; 0: only at the end."})
+    resume: bool = field(default=False, metadata={"help": "Continue the run --name from its last checkpoint."})
+    eval_only: bool = field(default=False, metadata={"help": "No training: evaluate --model (or a run's policy)."})
+    benchmarks: list[str] = field(default_factory=list, metadata={"help": "bfcl, bfcl-live, bfcl-multi-turn, api-bank, or single categories."})
+    api_bank_dir: str = field(default="", metadata={"help": "Folder with level-{1,2,3}-api_processed.json."})
+    limit: int = field(default=0, metadata={"help": "At most so many prompts per benchmark category (a fixed subset); 0: all."})
+    compare: str = field(default="", metadata={"help": "benchmarks.jsonl of another run, for paired differences."})
+
+
+def fail(message):
+    sys.exit(f"train_small.py: error: {message}")
+
+
+def pick_device(name):
+    """The device of that name, or the first of cuda, mps, cpu that works. Raises ValueError if a named one is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name and not there.get(name.split(":")[0]):
+        raise ValueError(f"device {name!r} is not available here: use one of {', '.join(d for d, ok in there.items() if ok)}")
+    return torch.device(name or next(d for d, ok in there.items() if ok))
+
+
+def open_run(run, cfg):
+    """The run's folder: new, or with --resume the old one. Never writes over a finished run."""
+    base = Path(run.output_dir)
+    folder = base / (run.name or f"{cfg.method}-seed{cfg.seed}")
+    if run.resume:
+        if not (folder / "checkpoint" / "trainer.pt").exists():
+            raise ValueError(f"nothing to resume in {folder}: no checkpoint there (name the run with --name)")
+        return folder
+    if folder.exists() and run.name:
+        raise ValueError(f"{folder} exists: continue it with --resume, or choose another --name")
+    number = 2
+    while folder.exists():
+        folder, number = base / f"{cfg.method}-seed{cfg.seed}-{number}", number + 1
+    folder.mkdir(parents=True)
+    return folder
+
+
+class Log:
+    """metrics.jsonl, appended line by line; metrics.csv is made from it at every checkpoint and at the end."""
+
+    def __init__(self, folder, keep_steps):
+        self.file, self.csv = folder / "metrics.jsonl", folder / "metrics.csv"
+        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        self.rows = [row for row in map(json.loads, lines) if row["step"] < keep_steps]  # a resumed run drops what it will redo
+        self.file.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def add(self, row):
+        self.rows.append(row)
+        with open(self.file, "a") as out:
+            out.write(json.dumps(row) + "\n")
+
+    def write_csv(self):
+        if self.rows:
+            with open(self.csv, "w", newline="") as out:
+                writer = csv.DictWriter(out, fieldnames=list(self.rows[0]))
+                writer.writeheader()
+                writer.writerows(self.rows)
+
+
+def save(folder, model, tokenizer, optimizer, step):
+    """Checkpoint in folder/checkpoint, replaced in one move so that an interruption leaves the old or the new one."""
+    part, final, old = folder / "checkpoint.part", folder / "checkpoint", folder / "checkpoint.old"
+    for path in (part, old):
+        shutil.rmtree(path, ignore_errors=True)
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    torch.save({"optimizer": optimizer.state_dict(), "step": step}, part / "trainer.pt")
+    if final.exists():
+        final.rename(old)
+    part.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def batch_rows(rows, cfg, step):
+    """The rows of a step, a function of (seed, step) alone, so that a resumed run draws what the uninterrupted one would have drawn."""
+    per_epoch = len(rows) // cfg.prompts
+    order = random.Random(f"{cfg.seed}-{step // per_epoch}").sample(range(len(rows)), len(rows))
+    start = step % per_epoch * cfg.prompts
+    return [rows[i] for i in order[start:start + cfg.prompts]]
+
+
+def prepare(run, cfg, device, folder):
+    """(model, tokenizer, train rows, test rows, instructions): the policy after its warm start, and its data."""
+    embedded = not (run.model or run.resume)
+    noise = run.noise
+    instructions = "" if not run.model else INSTRUCTIONS
+    train, test = None, tasks.make_rows(run.eval_rows, "test", seed=cfg.seed, mask_names=run.mask_names) if run.eval_rows else []
+    if run.data:
+        from toy_tools.data import load_rows
+        train = load_rows(run.data)
+        if cfg.max_turns > 1:
+            raise ValueError("--max-turns above 1 needs tools that run: it works on the toy tasks, --data is trained step by step")
+    else:
+        train = tasks.make_rows(run.train_rows, "train", seed=cfg.seed, mask_names=run.mask_names)
+    if cfg.max_turns == 1:  # SWiRL: a dialogue of K steps becomes K single-step samples
+        train, test = ([step for row in rows for step in (tasks.decompose(row) if len(row["gold"]) > 1 else [row])]
+                       for rows in (train, test))
+    if len(train) < cfg.prompts:
+        raise ValueError(f"{len(train)} training rows are fewer than the {cfg.prompts} prompts of a step: lower --prompts")
+    steps = run.warm_start_steps
+    if run.resume or run.model:
+        path = folder / "checkpoint" if run.resume else run.model
+        model, tokenizer = policy.load_model(path, getattr(torch, run.dtype), run.gradient_checkpointing)
+    else:
+        model, tokenizer = policy.tiny_policy(seed=cfg.seed, steps=400 if steps < 0 else steps, noise=noise, mask_names=run.mask_names,
+                                              device=device)
+    model.to(device)
+    if not embedded and not run.resume and steps > 0:
+        rng = random.Random(cfg.seed)
+        pairs = [(row, row.get("target") or policy.noisy_demonstration(row, rng, noise)) for row in train]
+        policy.warm_start(model, tokenizer, pairs, steps, run.warm_start_batch, run.warm_start_lr, cfg.seed,
+                          micro_batch=run.warm_start_batch, instructions=instructions)
+    return model, tokenizer, train, test, instructions
+
+
+def train(run, cfg, device):
+    folder = open_run(run, cfg)
+    if run.resume:
+        old = json.loads((folder / "config.json").read_text())
+        changed = [k for k, v in asdict(cfg).items() if old["config"].get(k) != v]
+        changed += [k for k in ("model", "data", "mask_names", "train_rows") if old["run"].get(k) != getattr(run, k)]
+        if changed:
+            raise ValueError(f"--resume with other settings than the run began with ({', '.join(changed)}): give the same ones")
+    else:
+        (folder / "config.json").write_text(json.dumps({"config": asdict(cfg), "run": asdict(run), "torch": torch.__version__}, indent=1))
+    began = time.perf_counter()
+    set_seed(cfg.seed)
+    model, tokenizer, rows, test, instructions = prepare(run, cfg, device, folder)
+    toolbox_for = tasks.toolbox_for if cfg.max_turns > 1 else None
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=device.type != "mps")
+    first = 0
+    if run.resume:
+        state = torch.load(folder / "checkpoint" / "trainer.pt", map_location=device, weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    log = Log(folder, first)
+    size = sum(p.numel() for p in model.parameters())
+    print(f"{folder}: {cfg.method} on {device}, {size / 1e6:.2f}M parameters, {len(rows)} training rows, steps {first} to {cfg.steps}")
+
+    def measure(what):
+        with tqdm(total=len(test), desc=what, unit="row", leave=False) as bar:
+            return rest.evaluate(model, tokenizer, test, cfg, samples=run.eval_samples, seed=10**6, toolbox_for=toolbox_for,
+                                 instructions=instructions, on_batch=bar.update)
+    before_file = folder / "before.json"
+    if test and before_file.exists():
+        before = json.loads(before_file.read_text())
+    elif test:
+        before = measure("evaluating the start")
+        before_file.write_text(json.dumps(before, indent=1))
+    split, mark = {"rollout": 0.0, "reward": 0.0, "update": 0.0}, time.perf_counter()
+    started = mark
+
+    def clock(name):
+        nonlocal mark
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if name:
+            split[name] += now - mark
+        mark = now
+    step, seen = first, None
+    try:
+        with tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc=cfg.method, unit="step") as bar:
+            for step in bar:
+                clock(None)
+                metrics, *seen = rest.train_step(model, tokenizer, optimizer, batch_rows(rows, cfg, step), cfg, step, toolbox_for,
+                                                 instructions, clock)
+                log.add(metrics)
+                bar.set_postfix_str(f"reward {metrics['reward']:+.2f} exact {metrics['exact']:.2f} H fmt {metrics['H_format']:.2f} name "
+                                    f"{metrics['H_name']:.2f} par {metrics['H_params']:.2f} tht {metrics['H_thought']:.2f}")
+                if run.save_steps and (step + 1) % run.save_steps == 0:
+                    save(folder, model, tokenizer, optimizer, step + 1)
+                    log.write_csv()
+    except KeyboardInterrupt:
+        done = len(log.rows)
+        save(folder, model, tokenizer, optimizer, done)
+        log.write_csv()
+        fail(f"interrupted after step {done}; saved. Continue with --resume --name {folder.name}")
+    total = max(time.perf_counter() - started, 1e-9)
+    save(folder, model, tokenizer, optimizer, cfg.steps)
+    log.write_csv()
+    if test:
+        after = measure("evaluating the end")
+        (folder / "after.json").write_text(json.dumps(after, indent=1))
+        print(f"\nHeld-out tasks, {run.eval_samples} samples each at temperature {cfg.temperature}:\n{show.evaluation(before, after)}")
+    if seen:
+        batch, region, weight = seen
+        best = max(range(len(batch.texts)), key=lambda i: len(set(region[i].tolist())))
+        print(f"\nAn episode of the last step, by region, with token weights:\n{show.episode(tokenizer, batch, best, region, weight, sys.stdout.isatty())}")
+        other = total - sum(split.values())
+        print("\nTime of the RL steps: " + ", ".join(f"{name} {100 * s / total:.1f}%" for name, s in (*split.items(), ("other", other)))
+              + f" of {total:.0f} s; the whole run took {time.perf_counter() - began:.0f} s.")
+    skipped = sum(row["skipped_updates"] for row in log.rows)
+    if skipped:
+        print(f"{skipped:.0f} updates were skipped because loss or gradient was not finite.")
+    print(f"Policy, metrics.csv and config.json are in {folder}/ (load the policy with --model {folder}/checkpoint).")
+
+
+def evaluate_only(run, cfg, device):
+    from toy_tools import benchmarks
+    raise NotImplementedError
+
+
+def main(argv=None):
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    parser = HfArgumentParser((Run, rest.Config), description=__doc__)
+    try:
+        run, cfg = parser.parse_args_into_dataclasses(argv)
+        device = pick_device(run.device)
+        (evaluate_only if run.eval_only else train)(run, cfg, device)
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    main()
