@@ -46,6 +46,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from toy_tools.chat import encode_prompt, encode_results
 from toy_tools.shared_prefix import PackedLayout, PlainDecoder, SharedDecoder, autocast, can_share, left_pad, sharing
 
 log = logging.getLogger("rest")
@@ -327,53 +328,6 @@ def _run(call, functions, tools, timeout, max_chars):
     return text if len(text) <= max_chars else text[:max_chars] + " … (cut)"
 
 
-# --------------------------------------------------------------------------------------------- prompts: chat templates, token in, token out
-
-TOOLS_TEXT = ('# Tools\nCall tools by one JSON object a line, {"name": ..., "arguments": {...}}, inside <tool_call> and </tool_call>. '
-              'The tools are:\n')
-
-
-def _split_opened_thought(text):
-    """Some templates end the prompt with "<think>": it is then a forced start of the completion, not part of the prompt."""
-    cut = re.search(r"(<think>\s*)?\Z", text).start()
-    return text[:cut], text[cut:]
-
-
-def _ids(tokenizer, text):
-    return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-
-
-def encode_prompt(tokenizer, messages, tools, instructions=""):
-    """Prompt ids and the ids of a forced beginning of the completion (both list[int]; the second is mostly empty).
-
-    The tokenizer's own chat template renders the tools; where it ignores them they are written into the system message as text.
-    `instructions` goes first in the system message. Raises ValueError without a chat template."""
-    if not tokenizer.chat_template:
-        raise ValueError("the tokenizer has no chat template: use a chat model, or set tokenizer.chat_template")
-
-    def render(messages, tools):
-        return tokenizer.apply_chat_template(messages, tools=tools or None, tokenize=False, add_generation_prompt=True)
-    if tools and render(messages, tools) == render(messages, None):
-        instructions = "\n\n".join(filter(None, [instructions, TOOLS_TEXT + "\n".join(json.dumps(tool["function"]) for tool in tools)]))
-        tools = None
-    if instructions:
-        old = messages[0]["content"] if messages[0]["role"] == "system" else ""
-        messages = [{"role": "system", "content": f"{instructions}\n\n{old}".strip()}, *messages[bool(old):]]
-    prompt, forced = _split_opened_thought(render(messages, tools))
-    return _ids(tokenizer, prompt), _ids(tokenizer, forced)
-
-
-def encode_results(tokenizer, results):
-    """Ids that follow a finished assistant turn when tools have answered: (tool turns and the next turn's header, a forced thought opening).
-
-    Only this suffix is newly tokenised; the sampled ids before it stay as they were sampled."""
-    mark = "\u2016turn\u2016"
-    messages = [{"role": "user", "content": "u"}, {"role": "assistant", "content": mark}, *({"role": "tool", "content": r} for r in results)]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True).split(mark)[-1]
-    suffix, forced = _split_opened_thought(text.removeprefix(tokenizer.eos_token))
-    return _ids(tokenizer, suffix), _ids(tokenizer, forced)
-
-
 # -------------------------------------------------------------------------------------------------------------------- rollout
 
 @dataclass
@@ -449,7 +403,7 @@ def rollout(model, tokenizer, rows, cfg, seed=0, group=None, greedy=False, toolb
                 out_ids[i].append(x)
                 if free[s] and x in ends:
                     turns[i].append((starts[i], t + 1))
-                    texts[i].append(tokenizer.decode(out_ids[i][starts[i]:-1]))
+                    texts[i].append(tokenizer.decode(out_ids[i][starts[i]:-1], clean_up_tokenization_spaces=False))
                     calls = parse_calls(texts[i][-1]) if live and len(turns[i]) < cfg.max_turns else []
                     if calls:
                         results = execute(calls, boxes[i].functions, rows[i // G]["tools"], cfg.tool_timeout)
@@ -479,7 +433,7 @@ def rollout(model, tokenizer, rows, cfg, seed=0, group=None, greedy=False, toolb
     for i in range(N):
         if truncated[i] and starts[i] < len(out_ids[i]):  # the turn that was cut is scored as it stands
             turns[i].append((starts[i], len(out_ids[i])))
-            texts[i].append(tokenizer.decode(out_ids[i][starts[i]:]))
+            texts[i].append(tokenizer.decode(out_ids[i][starts[i]:], clean_up_tokenization_spaces=False))
     length = torch.tensor([len(ids) for ids in out_ids], device=device)
     used = int(length.max())
     tokens, sampled, logp, entropy = (x[:N, :used].contiguous() for x in (tokens, sampled, logp, entropy))
@@ -541,7 +495,7 @@ def token_regions(tokenizer, batch, ends):
         for start, end in turns:
             for x in ids[start:end]:
                 if x not in pieces:
-                    pieces[x] = tokenizer.decode([x])
+                    pieces[x] = tokenizer.decode([x], clean_up_tokenization_spaces=False)
             closed = ids[end - 1] in ends
             r, b = tag_regions([pieces[x] for x in ids[start:end - closed]])
             region[i, start:end] = torch.tensor(r + [TAG] * closed)

@@ -37,13 +37,15 @@ class Run:
     device: str = field(default="", metadata={"help": "cuda, mps or cpu; empty: the first of these that is there."})
     dtype: str = field(default="float32", metadata={"help": "Weights in float32 (with bf16 autocast on GPUs that have it) or bfloat16."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Less activation memory, about a third more time."})
-    warm_start_steps: int = field(default=-1, metadata={"help": "Supervised steps before RL; -1: 400 for the embedded policy, else 0."})
+    warm_start_steps: int = field(default=-1, metadata={"help": "Supervised steps before RL; -1: as many as the embedded policy needs, none for a --model."})
     warm_start_batch: int = field(default=8, metadata={"help": "Rows per supervised step of a --model."})
+    micro_batch: int = field(default=2, metadata={"help": "Rows per forward in a --model's supervised steps."})
     warm_start_lr: float = field(default=2e-4, metadata={"help": "Learning rate of a --model's supervised steps."})
     noise: float = field(default=0.15, metadata={"help": "Rate of each kind of mistake in the toy demonstrations."})
     train_rows: int = field(default=4000, metadata={"help": "Toy tasks to train on."})
     eval_rows: int = field(default=200, metadata={"help": "Held-out toy tasks to evaluate on, before and after."})
     eval_samples: int = field(default=2, metadata={"help": "Completions sampled per held-out task."})
+    eval_batch: int = field(default=64, metadata={"help": "Prompts evaluated at once."})
     mask_names: bool = field(default=False, metadata={"help": "Random strings for tool and parameter names, so that descriptions must be read."})
     save_steps: int = field(default=0, metadata={"help": "Checkpoint every so many steps; 0: only at the end."})
     resume: bool = field(default=False, metadata={"help": "Continue the run --name from its last checkpoint."})
@@ -127,38 +129,30 @@ def batch_rows(rows, cfg, step):
     return [rows[i] for i in order[start:start + cfg.prompts]]
 
 
-def prepare(run, cfg, device, folder):
-    """(model, tokenizer, train rows, test rows, instructions): the policy after its warm start, and its data."""
-    embedded = not (run.model or run.resume)
-    noise = run.noise
-    instructions = "" if not run.model else INSTRUCTIONS
-    train, test = None, tasks.make_rows(run.eval_rows, "test", seed=cfg.seed, mask_names=run.mask_names) if run.eval_rows else []
-    if run.data:
-        from toy_tools.data import load_rows
-        train = load_rows(run.data)
-        if cfg.max_turns > 1:
-            raise ValueError("--max-turns above 1 needs tools that run: it works on the toy tasks, --data is trained step by step")
+def load(run, cfg, device, checkpoint=None):
+    """(model, tokenizer, instructions): a checkpoint, --model, or the embedded policy after its warm start."""
+    if checkpoint or run.model:
+        if run.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"--dtype must be float32 or bfloat16, not {run.dtype!r}")
+        model, tokenizer = policy.load_model(checkpoint or run.model, getattr(torch, run.dtype), run.gradient_checkpointing)
     else:
-        train = tasks.make_rows(run.train_rows, "train", seed=cfg.seed, mask_names=run.mask_names)
-    if cfg.max_turns == 1:  # SWiRL: a dialogue of K steps becomes K single-step samples
-        train, test = ([step for row in rows for step in (tasks.decompose(row) if len(row["gold"]) > 1 else [row])]
-                       for rows in (train, test))
-    if len(train) < cfg.prompts:
-        raise ValueError(f"{len(train)} training rows are fewer than the {cfg.prompts} prompts of a step: lower --prompts")
-    steps = run.warm_start_steps
-    if run.resume or run.model:
-        path = folder / "checkpoint" if run.resume else run.model
-        model, tokenizer = policy.load_model(path, getattr(torch, run.dtype), run.gradient_checkpointing)
-    else:
-        model, tokenizer = policy.tiny_policy(seed=cfg.seed, steps=400 if steps < 0 else steps, noise=noise, mask_names=run.mask_names,
-                                              device=device)
-    model.to(device)
-    if not embedded and not run.resume and steps > 0:
-        rng = random.Random(cfg.seed)
-        pairs = [(row, row.get("target") or policy.noisy_demonstration(row, rng, noise)) for row in train]
-        policy.warm_start(model, tokenizer, pairs, steps, run.warm_start_batch, run.warm_start_lr, cfg.seed,
-                          micro_batch=run.warm_start_batch, instructions=instructions)
-    return model, tokenizer, train, test, instructions
+        steps = run.warm_start_steps if run.warm_start_steps >= 0 else policy.WARM_START_STEPS
+        model, tokenizer = policy.tiny_policy(cfg.seed, steps, noise=run.noise, mask_names=run.mask_names, device=device)
+    # the embedded policy learns the format from its demonstrations, a real model is told
+    return model.to(device), tokenizer, "" if tokenizer.chat_template == policy.CHAT_TEMPLATE else INSTRUCTIONS
+
+
+def single_steps(rows, cfg):
+    """SWiRL: a dialogue of K steps as K single-step rows, unless episodes are rolled out live."""
+    if cfg.max_turns > 1:
+        return rows
+    return [step for row in rows for step in (tasks.decompose(row) if len(row["gold"]) > 1 else [row])]
+
+
+def measure(model, tokenizer, test, run, cfg, instructions, what):
+    with tqdm(total=len(test), desc=what, unit="row", leave=False) as bar:
+        return rest.evaluate(model, tokenizer, test, cfg, samples=run.eval_samples, seed=10**6, batch_rows=run.eval_batch,
+                             toolbox_for=tasks.toolbox_for, instructions=instructions, on_batch=bar.update)
 
 
 def train(run, cfg, device):
@@ -173,8 +167,22 @@ def train(run, cfg, device):
         (folder / "config.json").write_text(json.dumps({"config": asdict(cfg), "run": asdict(run), "torch": torch.__version__}, indent=1))
     began = time.perf_counter()
     set_seed(cfg.seed)
-    model, tokenizer, rows, test, instructions = prepare(run, cfg, device, folder)
-    toolbox_for = tasks.toolbox_for if cfg.max_turns > 1 else None
+    if run.data:
+        if cfg.max_turns > 1:
+            raise ValueError("--max-turns above 1 needs tools that run: it works on the toy tasks; --data is trained step by step")
+        from toy_tools.data import load_rows
+        rows = load_rows(run.data)
+    else:
+        rows = single_steps(tasks.make_rows(run.train_rows, "train", seed=cfg.seed, mask_names=run.mask_names), cfg)
+    test = single_steps(tasks.make_rows(run.eval_rows, "test", seed=cfg.seed, mask_names=run.mask_names), cfg)
+    if len(rows) < cfg.prompts:
+        raise ValueError(f"{len(rows)} training rows are fewer than the {cfg.prompts} prompts of a step: lower --prompts")
+    model, tokenizer, instructions = load(run, cfg, device, folder / "checkpoint" if run.resume else None)
+    if run.model and not run.resume and run.warm_start_steps > 0:
+        rng = random.Random(cfg.seed)
+        pairs = [(row, row.get("target") or policy.noisy_demonstration(row, rng, run.noise)) for row in rows]
+        policy.warm_start(model, tokenizer, pairs, run.warm_start_steps, run.warm_start_batch, run.warm_start_lr, cfg.seed,
+                          micro_batch=run.micro_batch, instructions=instructions)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=device.type != "mps")
     first = 0
     if run.resume:
@@ -185,15 +193,11 @@ def train(run, cfg, device):
     size = sum(p.numel() for p in model.parameters())
     print(f"{folder}: {cfg.method} on {device}, {size / 1e6:.2f}M parameters, {len(rows)} training rows, steps {first} to {cfg.steps}")
 
-    def measure(what):
-        with tqdm(total=len(test), desc=what, unit="row", leave=False) as bar:
-            return rest.evaluate(model, tokenizer, test, cfg, samples=run.eval_samples, seed=10**6, toolbox_for=toolbox_for,
-                                 instructions=instructions, on_batch=bar.update)
     before_file = folder / "before.json"
     if test and before_file.exists():
         before = json.loads(before_file.read_text())
     elif test:
-        before = measure("evaluating the start")
+        before = measure(model, tokenizer, test, run, cfg, instructions, "evaluating the start")
         before_file.write_text(json.dumps(before, indent=1))
     split, mark = {"rollout": 0.0, "reward": 0.0, "update": 0.0}, time.perf_counter()
     started = mark
@@ -211,8 +215,8 @@ def train(run, cfg, device):
         with tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc=cfg.method, unit="step") as bar:
             for step in bar:
                 clock(None)
-                metrics, *seen = rest.train_step(model, tokenizer, optimizer, batch_rows(rows, cfg, step), cfg, step, toolbox_for,
-                                                 instructions, clock)
+                metrics, *seen = rest.train_step(model, tokenizer, optimizer, batch_rows(rows, cfg, step), cfg, step,
+                                                 tasks.toolbox_for, instructions, clock)
                 log.add(metrics)
                 bar.set_postfix_str(f"reward {metrics['reward']:+.2f} exact {metrics['exact']:.2f} H fmt {metrics['H_format']:.2f} name "
                                     f"{metrics['H_name']:.2f} par {metrics['H_params']:.2f} tht {metrics['H_thought']:.2f}")
@@ -228,7 +232,7 @@ def train(run, cfg, device):
     save(folder, model, tokenizer, optimizer, cfg.steps)
     log.write_csv()
     if test:
-        after = measure("evaluating the end")
+        after = measure(model, tokenizer, test, run, cfg, instructions, "evaluating the end")
         (folder / "after.json").write_text(json.dumps(after, indent=1))
         print(f"\nHeld-out tasks, {run.eval_samples} samples each at temperature {cfg.temperature}:\n{show.evaluation(before, after)}")
     if seen:
@@ -241,12 +245,34 @@ def train(run, cfg, device):
     skipped = sum(row["skipped_updates"] for row in log.rows)
     if skipped:
         print(f"{skipped:.0f} updates were skipped because loss or gradient was not finite.")
+    try:
+        show.curve([folder / "metrics.csv"], folder / "curve.png")
+    except ImportError as missing:
+        print(f"No curve.png: {missing}")
     print(f"Policy, metrics.csv and config.json are in {folder}/ (load the policy with --model {folder}/checkpoint).")
 
 
 def evaluate_only(run, cfg, device):
+    """Benchmarks (greedy), or without --benchmarks the held-out toy tasks (sampled), for --model or the embedded policy."""
+    model, tokenizer, instructions = load(run, cfg, device)
+    if not run.benchmarks:
+        test = single_steps(tasks.make_rows(run.eval_rows, "test", seed=cfg.seed, mask_names=run.mask_names), cfg)
+        print(show.evaluation(measure(model, tokenizer, test, run, cfg, instructions, "evaluating")))
+        return
     from toy_tools import benchmarks
-    raise NotImplementedError
+
+    def generate(requests):
+        rows = [{"messages": messages, "tools": offered} for messages, offered in requests]
+        batch = rest.rollout(model, tokenizer, rows, cfg, group=1, greedy=True, instructions=instructions)
+        return [texts[0] if texts else "" for texts in batch.texts]
+    name = run.name or "eval-" + (Path(run.model.rstrip("/")).name if run.model else f"embedded-seed{cfg.seed}")
+    folder = Path(run.output_dir) / name
+    header = {"model": run.model or f"embedded, seed {cfg.seed}", "dtype": run.dtype, "max_completion_tokens": cfg.max_completion_tokens,
+              "instructions": instructions}
+    compare = benchmarks.load_results(run.compare) if run.compare else None
+    results = benchmarks.evaluate_benchmarks(run.benchmarks, generate, folder, run.limit or None, header, run.api_bank_dir, run.eval_batch)
+    print(benchmarks.table(results, compare))
+    print(f"Raw outputs and scores: {folder}/benchmarks.jsonl")
 
 
 def main(argv=None):

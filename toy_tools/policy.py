@@ -22,6 +22,8 @@ from toy_tools import tasks, tools
 
 # --------------------------------------------------------------------------------------------- the embedded policy
 
+WARM_START_STEPS = 400
+
 TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<response>", "</response>"]
 CHAT_TEMPLATE = (  # tools as signatures, name(param: type, ...): description, a third of the tokens that JSON schemas take
     "{% if tools %}{% for tool in tools %}{% set f = tool.function %}{{ f.name }}("
@@ -84,7 +86,7 @@ def noisy_demonstration(row, rng, noise):
     return text
 
 
-def tiny_policy(seed=0, steps=400, batch=64, learning_rate=2e-3, noise=0.15, mask_names=False, device="cpu", progress=True):
+def tiny_policy(seed=0, steps=WARM_START_STEPS, batch=64, learning_rate=2e-3, noise=0.15, mask_names=False, device="cpu", progress=True):
     """(model, tokenizer) of the embedded policy after its warm start; kept under $REST_CACHE (default ~/.cache/rest).
 
     The cache key covers every argument, the sources that make data and model, and the library versions."""
@@ -115,12 +117,12 @@ def tiny_policy(seed=0, steps=400, batch=64, learning_rate=2e-3, noise=0.15, mas
 
 # --------------------------------------------------------------------------------------------- supervised warm start, any model
 
-def warm_start(model, tokenizer, pairs, steps, batch=8, learning_rate=2e-4, seed=0, micro_batch=None, instructions="", progress=True):
+def warm_start(model, tokenizer, pairs, steps, batch=8, learning_rate=2e-4, seed=0, micro_batch=16, instructions="", progress=True):
     """Supervised steps on pairs (row, completion text): cross entropy on the completion and its end-of-turn token. Returns the last losses."""
     device, rng = next(model.parameters()).device, random.Random(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, fused=device.type != "mps")
     order = [i for _ in range(-(-steps * batch // len(pairs))) for i in rng.sample(range(len(pairs)), len(pairs))]
-    micro_batch, losses = micro_batch or batch, []
+    losses = []
     model.train()
     bar = tqdm(range(steps), desc="warm start", disable=not progress, mininterval=1)
     for step in bar:

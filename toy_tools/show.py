@@ -1,4 +1,8 @@
-"""What people look at: one episode coloured by region with its weights, and evaluation tables."""
+"""What people look at: one episode coloured by region with its weights, evaluation tables, and the learning curve."""
+
+import csv
+import sys
+from pathlib import Path
 
 import rest
 
@@ -44,3 +48,42 @@ def evaluation(before, after=None):
         change = f"{'->':>4}{last['exact']:8.3f}{last['exact'] - row['exact']:+9.3f}" if after else ""
         lines.append(f"{key:14}{row['n']:6d}{row['exact']:9.3f}{change}{last['format']:9.3f}{last['tokens']:8.1f}")
     return "\n".join(lines)
+
+
+def curve(files, out):
+    """Picture (PNG, SVG, …) of one or more metrics.csv: exact-call rate (mean of 5 steps), region entropies and weights of the first.
+
+    Raises ImportError without matplotlib, the optional part it needs."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError("the learning curve needs an optional package: pip install matplotlib") from error
+    figure, (rate, entropy, weight) = plt.subplots(1, 3, figsize=(12, 3.2), constrained_layout=True)
+    for k, file in enumerate(files):
+        with open(file) as lines:
+            rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(lines)]
+        steps, exact = [row["step"] for row in rows], [row["exact"] for row in rows]
+        smooth = [sum(exact[max(0, i - 4):i + 1]) / len(exact[max(0, i - 4):i + 1]) for i in range(len(exact))]
+        rate.plot(steps, smooth, label=Path(file).parent.name if len(files) > 1 else None)
+        if k == 0:
+            for name, _ in GROUPS:
+                entropy.plot(steps, [row[f"H_{name}"] for row in rows], label=name)
+                weight.plot(steps, [row[f"w_{name}"] for row in rows], label=name)
+    rate.set_title("exact-call rate of training rollouts")
+    entropy.set_title("mean entropy by region (nats)")
+    weight.set_title("mean token weight by region")
+    for axis in (rate, entropy, weight):
+        axis.set_xlabel("step")
+        axis.spines[["top", "right"]].set_visible(False)
+    rate.set_ylim(0, 1)
+    weight.legend(frameon=False, fontsize=8)
+    if len(files) > 1:
+        rate.legend(frameon=False, fontsize=8)
+    figure.savefig(out, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":  # python -m toy_tools.show OUT.png runs/a/metrics.csv [runs/b/metrics.csv …]
+    curve(sys.argv[2:], sys.argv[1])

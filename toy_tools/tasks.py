@@ -114,13 +114,17 @@ REQUESTS = {
                        ["I no longer need booking {code}"]),
 }
 
-THOUGHTS = ("The user asks about {what}. {tool} can do this.", "This needs {tool}, with {what}.", "I should call {tool} to get {what}.",
-            "They want {what}, so {tool} fits best here.", "Looking at the tools, {tool} handles {what}.",
-            "To answer I need {what}; the tool for it is {tool}.")
-PARALLEL = ("There are {n} requests here: {what}. I call each tool once.", "I need {n} calls, for {what}.", "The user wants {what}, that makes {n} calls.")
-NO_TOOL = ("None of the tools can do this.", "The user asks for something that no tool here offers.", "I have no tool for {what}.",
-           "Looking at the tools, nothing fits {what}.")
+THOUGHTS = ("The user wants the {what}. {tool} can do this.", "This needs {tool}, which gives the {what}.", "I should call {tool} for the {what}.",
+            "They ask for the {what}, so {tool} fits best here.", "Looking at the tools, {tool} handles this.",
+            "To answer I need the {what}; the tool for it is {tool}.", "One call of {tool} is enough.", "{tool} is the right tool for this.")
+PARALLEL = ("There are {n} requests here, I call a tool for each.", "I need {n} calls, first the {what}.", "The user wants {n} things, that makes {n} calls.",
+            "These are {n} calls at once.")
+NO_TOOL = ("None of the tools can do this.", "The user asks for the {what}, which no tool here offers.", "I have no tool for the {what}.",
+           "Looking at the tools, nothing fits.")
 REFUSALS = ("Sorry, I have no tool for that.", "I cannot do that with my tools.", "None of my tools can help with this.")
+
+
+STAND_INS = {"convert_units": ["calculator"]}  # tools that could do another's work, so that "nothing fits" would be wrong
 
 
 def _request(draw, name):
@@ -130,12 +134,13 @@ def _request(draw, name):
     return {"name": name, "arguments": arguments}, draw.rng.choice(test if draw.split == "test" else train).format(**arguments)
 
 
-def _what(call):
-    return " and ".join(str(v) for v in list(call["arguments"].values())[:2])
+WHAT = {"calculator": "result", "convert_units": "conversion", "convert_currency": "exchange", "add_days": "later date", "weekday": "day of the week",
+        "weather": "weather", "local_time": "time", "stock_price": "price", "translate": "translation", "play_music": "music", "find_contact": "contact",
+        "send_message": "message", "add_reminder": "reminder", "book_table": "table", "cancel_booking": "cancellation"}
 
 
 def _think(draw, call):
-    return draw.rng.choice(THOUGHTS).format(tool=call["name"], what=_what(call))
+    return draw.rng.choice(THOUGHTS).format(tool=call["name"], what=WHAT[call["name"]])
 
 
 def _row(draw, category, user, gold, demo, names, state=None):
@@ -178,16 +183,20 @@ def _parallel(draw):
     names = draw.rng.sample(list(TOOLS), 2)
     n = draw.rng.choice((2, 2, 3))
     chosen = (names * 2)[:n] if draw.rng.random() < 0.5 else [names[0]] * n
-    calls, users = zip(*(_request(draw, name) for name in chosen))
+    requests = [_request(draw, name) for name in chosen]
+    while any(a[0] == b[0] for i, a in enumerate(requests) for b in requests[:i]):  # the same call twice is no task
+        requests = [_request(draw, name) for name in chosen]
+    calls, users = zip(*requests)
     user = " Also, ".join(u.rstrip(".?") if i < n - 1 else u for i, u in enumerate(users)) if draw.split == "train" else " And then: ".join(users)
-    think = draw.rng.choice(PARALLEL).format(n=n, what=" and ".join(str(list(c["arguments"].values())[0]) for c in calls))
+    think = draw.rng.choice(PARALLEL).format(n=n, what=WHAT[calls[0]["name"]])
     return _row(draw, "parallel", user, [list(calls)], [{"think": think, "response": None}], names, _state_for(draw, calls))
 
 
 def _irrelevance(draw):
     call, user = _request(draw, draw.rng.choice(list(TOOLS)))
-    think = draw.rng.choice(NO_TOOL).format(what=_what(call))
-    return _row(draw, "irrelevance", user, [[]], [{"think": think, "response": draw.rng.choice(REFUSALS)}], _others(draw, [call["name"]], 2))
+    think = draw.rng.choice(NO_TOOL).format(what=WHAT[call["name"]])
+    return _row(draw, "irrelevance", user, [[]], [{"think": think, "response": draw.rng.choice(REFUSALS)}],
+                _others(draw, [call["name"], *STAND_INS.get(call["name"], ())], 2))
 
 
 def _contact_then(draw):
@@ -206,7 +215,9 @@ def _contact_then(draw):
         noun = {"weather": "weather", "local_time": "time"}[kind]
         user = (draw.rng.choice([f"What is the {noun} where {name} lives?", f"Tell me the {noun} at the home of {name}"])
                 if draw.split == "train" else f"I am visiting {name}, what is the {noun} there?")
-        last, need = f"This is the {noun} in {contact['city']}.", "the city"
+        result = TOOLS[kind].function(contact["city"])
+        now = f"{result['sky']} with {result['celsius']} degrees" if kind == "weather" else result
+        last, need = f"It is {now} in {contact['city']}.", "the city"
     thoughts = (f"First I look up {name} to get {need}.", f"Now I have {need}, {kind} can use it.")
     return user, [first, second], thoughts, last, {"contacts": {name: contact}}
 
@@ -229,7 +240,9 @@ def _date_then(draw):
     if draw.rng.random() < 0.5:
         user = (draw.rng.choice([f"Which weekday is {days} days after {date}?", f"Add {days} days to {date} and tell me the weekday"])
                 if draw.split == "train" else f"Starting at {date}, what weekday comes {days} days later?")
-        return user, [first, {"name": "weekday", "arguments": {"date": later}}], ("First the date, with add_days.", "Now weekday for that date."), f"It is {later}.", {}
+        second = {"name": "weekday", "arguments": {"date": later}}
+        thoughts = ("First the date, with add_days.", "Now weekday for that date.")
+        return user, [first, second], thoughts, f"{later} is a {TOOLS['weekday'].function(later)}.", {}
     thing = draw.pick(THING)
     user = (draw.rng.choice([f"Remind me of the {thing} {days} days after {date}", f"Set a reminder, {thing}, {days} days from {date}"])
             if draw.split == "train" else f"Don't let me forget {thing} {days} days after {date}")
@@ -269,8 +282,13 @@ def masked(row, rng):
     Works on any row; the way back for execution is kept in state["aliases"]."""
     row = json.loads(json.dumps(row))
 
+    used = set()
+
     def word():
-        return "".join(rng.choice("abcdefghijkmnpqrstuvwxyz") for _ in range(5))
+        while (text := "".join(rng.choice("abcdefghijkmnpqrstuvwxyz") for _ in range(5))) in used:
+            pass
+        used.add(text)
+        return text
     names, aliases = {}, {}
     for tool in row["tools"]:
         f = tool["function"]

@@ -3,6 +3,7 @@
 import copy
 import datetime
 import json
+import math
 import zlib
 from dataclasses import dataclass
 
@@ -67,7 +68,10 @@ def calculate(expression):
             raise ValueError("the exponent is larger than 64")
         if base == 0 and exponent < 0:
             raise ValueError("division by zero")
-        return bounded(float(base) ** exponent)
+        try:
+            return bounded(float(base) ** exponent)
+        except OverflowError:  # 1e14^64 is beyond what a float holds
+            return bounded(math.inf)
 
     def atom(depth):
         nonlocal pos
@@ -83,9 +87,10 @@ def calculate(expression):
         while pos < len(expression) and expression[pos] in "0123456789.":
             pos += 1
         try:
-            return bounded(float(expression[start:pos]))
+            value = float(expression[start:pos])
         except ValueError:
             raise ValueError(f"expected a number at position {start + 1}") from None
+        return bounded(value)
 
     value = total(0)
     if peek():
@@ -117,6 +122,8 @@ def digest(*parts):
 
 def parse_date(text):
     try:
+        if len(text) != 10 or text[7] != "-":  # from Python 3.11 on fromisoformat reads other ISO forms too
+            raise ValueError
         return datetime.date.fromisoformat(text)
     except ValueError:
         raise ValueError(f"{text[:40]!r} is not a date of the form 2025-03-14") from None
@@ -241,6 +248,27 @@ TOOLS = {tool.name: tool for tool in (
     Tool("cancel_booking", "cancel a booking by its code", {"code": STRING}, cancel_booking, True))}
 
 
+KINDS = {"string": str, "number": (int, float), "integer": int}
+
+
+def check(arguments, properties):
+    """Arguments as the schema wants them, numbers finite and below 1e15; raises ValueError with a sentence for the model.
+
+    The tools' own guard, so that they are safe to call without rest.validate in front."""
+    if set(arguments) != set(properties):
+        raise ValueError(f"the arguments must be {', '.join(properties)}, no more and no less")
+    for name, value in arguments.items():
+        kind, enum = properties[name]["type"], properties[name].get("enum")
+        if isinstance(value, bool) or not isinstance(value, KINDS[kind]):
+            raise ValueError(f"{name} must be of type {kind}")
+        if kind == "string" and len(value) > 1000:
+            raise ValueError(f"{name} is longer than 1000 characters")
+        if kind != "string" and not abs(value) <= 1e15:
+            raise ValueError(f"{name} must be a number below 1e15")
+        if enum and value not in enum:
+            raise ValueError(f"{name} must be one of {', '.join(enum)}")
+
+
 class ToolBox:
     """The tools of one episode: `.functions` {name: callable(**arguments)} over a private copy of `state`.
 
@@ -253,7 +281,11 @@ class ToolBox:
             self.functions[alias] = self._bind(TOOLS[name], parameters)
 
     def _bind(self, tool, parameters):
+        masks = {real: mask for mask, real in parameters.items()}
+        properties = {masks.get(name, name): schema for name, schema in tool.parameters.items()}  # as the model sees them
+
         def call(**arguments):
+            check(arguments, properties)
             arguments = {parameters.get(k, k): v for k, v in arguments.items()}
             return tool.function(self.state, **arguments) if tool.stateful else tool.function(**arguments)
         return call

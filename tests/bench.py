@@ -1,0 +1,313 @@
+"""Speed and memory of one ResT step against TRL's GRPOTrainer (optional part trl, transformers backend) and plain `generate`:
+
+    python tests/bench.py                      # about 5 minutes on 2 cores; writes results/bench.csv, prints a Markdown table
+    python tests/bench.py --scaling --repeats 3
+
+Same work in all arms: same weights, dtype, prompt ids, batch, temperature and completion length (the end token lies outside the model's
+vocabulary, so that every completion takes its full length), random rewards that differ within every group, fused AdamW, and arms that take
+turns. Each arm is run once before the clock starts. Shapes are PROMPTxCOMPLETIONxGROUPxPROMPTS in tokens, completions and prompts; a
+trailing `r` makes completions end early, at the same ragged lengths in every arm (rollouts only).
+
+  ours      rest.rollout, rest.token_weights, rest.update, with each prompt shared by its group
+  plain     the same without sharing (--shared_prefix False): the model's own attention and cache
+  generate  model.generate on the same prompts (rollout only)
+  trl       GRPOTrainer, beta 0, the whole batch in one micro-batch (--trl-micro-batch for less)
+
+Peak memory is that of two steps in a fresh process above what is held before them (model, imports, trainer): resident memory on a CPU,
+torch.cuda.max_memory_allocated on a GPU."""
+
+import argparse
+import csv
+import importlib.util
+import json
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerFast, TrainerCallback
+
+import rest
+from toy_tools.policy import build_model, load_model
+
+ARMS = ("ours", "plain", "generate", "trl")
+SHAPES = ["200x96x8x16", "700x80x8x8", "200x96x8x16r"]
+SCALING = ([f"200x96x{g}x8" for g in (2, 4, 8, 16)] + [f"{n}x96x8x8" for n in (100, 400, 800, 1600)] + [f"200x96x8x{p}" for p in (2, 4, 16, 32)])
+FIELDS = ("shape", "arm", "repeat", "rollout_s", "update_s", "step_s", "tokens", "peak_mib", "parameters", "device", "dtype", "threads")
+LEARNING_RATE, MEAN_LENGTH = 1e-5, 0.4  # ragged completions end at a token with probability 1 / (MEAN_LENGTH * COMPLETION)
+
+
+def parse_shape(text):
+    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)x(\d+)(r?)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not PROMPTxCOMPLETIONxGROUPxPROMPTS, such as 200x96x8x16 (trailing r: ragged)")
+    return (*map(int, match.groups()[:4]), bool(match[5]))
+
+
+class Setting:
+    """What all arms of a shape share: model weights, a tokenizer that maps the word `w7` to id 7, prompts."""
+
+    def __init__(self, shape, args):
+        self.args, (self.prompt, self.length, self.group, self.prompts, self.ragged) = args, parse_shape(shape)
+        self.vocab, g = self.model().config.vocab_size, torch.Generator().manual_seed(1)
+        self.ids = torch.randint(2, self.vocab, (self.prompts, self.prompt), generator=g)  # 0 pads, 1 ends ragged completions
+        self.texts = [" ".join(f"w{i}" for i in row) for row in self.ids.tolist()]
+        self.eos = 1 if self.ragged else self.vocab  # the id behind the last one cannot be sampled
+        words = {{0: "<pad>", self.eos: "<eos>"}.get(i, f"w{i}"): i for i in range(self.vocab + 1)}
+        words = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+        self.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+        self.tokens = self.prompts * self.group * self.length
+
+    def model(self):
+        dtype = getattr(torch, self.args.dtype)
+        model = load_model(self.args.model, dtype)[0] if self.args.model else build_model(1024).to(dtype)
+        model.generation_config = GenerationConfig(eos_token_id=getattr(self, "eos", None), pad_token_id=0)
+        return model.to(self.args.device).eval()
+
+    def check(self, prompts, completions):
+        """All arms process the same prompt ids and as many completion tokens as the shape says."""
+        if not (prompts == self.ids.tolist() and (self.ragged or sum(completions) == self.tokens)):
+            raise RuntimeError(f"an arm processed other tokens than the shape says: {len(prompts)} prompts, {sum(completions)} tokens")
+
+
+def clock(setting):
+    if setting.args.device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class RaggedEnds(LogitsProcessor):
+    """Ends `generate`'s row i at length[i], as our rollout of the same shape did, and nowhere else."""
+
+    def __init__(self, setting, length):
+        self.setting, self.length = setting, length
+
+    def __call__(self, input_ids, scores):
+        ends = self.length <= input_ids.shape[1] - self.setting.prompt + 1
+        scores[:, self.setting.eos] = torch.where(ends, torch.inf, -torch.inf)
+        return scores.masked_fill(ends[:, None] & scores.isfinite(), -torch.inf).nan_to_num(posinf=0.0)
+
+
+def make_ours(setting, shared=True):
+    """step(repeat) -> {rollout_s, update_s, tokens} of rest.py."""
+    model = setting.model()
+    if setting.ragged:  # a constant chance of the end token, whatever the weights say
+        chance = 1 / (MEAN_LENGTH * setting.length)
+
+        def end_sometimes(module, inputs, logits):
+            others = logits.float().index_fill(-1, torch.tensor(setting.eos, device=logits.device), -torch.inf).logsumexp(-1)
+            logits[..., setting.eos] = others + torch.log(torch.tensor(chance / (1 - chance)))
+            return logits
+        rest.can_share(model)
+        model.get_output_embeddings().register_forward_hook(end_sometimes)
+    cfg = rest.Config(prompts=setting.prompts, group=setting.group, max_completion_tokens=setting.length, shared_prefix=shared,
+                      temperature=setting.args.temperature, learning_rate=LEARNING_RATE,
+                      **({"micro_batch_tokens": setting.args.micro_batch_tokens} if setting.args.micro_batch_tokens else {}))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+    rows = [{"messages": [{"role": "user", "content": text}], "tools": []} for text in setting.texts]
+
+    def step(repeat):
+        start = clock(setting)
+        batch = rest.rollout(model, setting.tokenizer, rows, cfg, seed=repeat)
+        middle = clock(setting)
+        setting.check(batch.prompts, batch.length.tolist())
+        setting.lengths = batch.length
+        if setting.ragged:
+            return {"rollout_s": middle - start, "tokens": int(batch.length.sum())}
+        rewards = torch.rand(setting.prompts, setting.group, generator=torch.Generator().manual_seed(repeat)).to(batch.tokens.device)
+        advantages = rest.group_advantages(rewards).flatten()
+        region, touched = rest.token_regions(setting.tokenizer, batch, rest.eos_ids(model, setting.tokenizer))
+        weight, _ = rest.token_weights(region, touched, batch.entropy, batch.sampled, cfg, step=0)
+        metrics = rest.update(model, optimizer, batch, advantages, weight, cfg)
+        if metrics["skipped_updates"]:
+            raise RuntimeError("the update was skipped: its loss or gradient was not finite")
+        return {"rollout_s": middle - start, "update_s": clock(setting) - middle, "tokens": int(batch.length.sum())}
+    return step
+
+
+def make_generate(setting):
+    model, ids = setting.model(), setting.ids.repeat_interleave(setting.group, 0).to(setting.args.device)
+
+    def step(repeat):
+        torch.manual_seed(repeat)
+        script = [RaggedEnds(setting, setting.lengths)] if setting.ragged else None
+        start = clock(setting)
+        with torch.no_grad(), rest.autocast(model) or nullcontext():
+            out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=setting.args.temperature,
+                                 top_k=0, top_p=1.0, max_new_tokens=setting.length, logits_processor=script, disable_compile=True)
+        end = clock(setting)
+        new = out[:, setting.prompt:]
+        length = (new.eq(setting.eos).cumsum(1) - new.eq(setting.eos).long()).eq(0).sum(1)  # up to and with the first end token
+        setting.check(out[::setting.group, :setting.prompt].tolist(), length.tolist())
+        if setting.ragged and not torch.equal(length, setting.lengths):
+            raise RuntimeError("generate did not follow the ragged lengths")
+        return {"rollout_s": end - start, "tokens": int(length.sum())}
+    return step
+
+
+def make_trl(setting):
+    """GRPOTrainer.train() with one step a call. Timed by callbacks: from on_step_begin to the reward function (generation), and from there
+    to on_step_end (loss, backward, clipping, optimizer); set-up, logging and saving are not counted."""
+    import datasets
+    from trl import GRPOConfig, GRPOTrainer
+    datasets.disable_progress_bars()
+    times, N, args = {}, setting.prompts * setting.group, setting.args
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            times["begin"] = clock(setting)
+
+        def on_step_end(self, *_, **__):
+            times["end"] = clock(setting)
+
+    def reward(prompts, completions, completion_ids, **kwargs):
+        times["reward"] = clock(setting)
+        order = [setting.texts.index(text) for text in prompts[::setting.group]]  # TRL shuffles the prompts
+        seen = dict(zip(order, setting.tokenizer(prompts[::setting.group])["input_ids"]))
+        setting.check([seen[p] for p in range(setting.prompts)], [len(ids) for ids in completion_ids])
+        times["tokens"] = sum(map(len, completion_ids))
+        return torch.rand(N).tolist()
+    micro = min(args.trl_micro_batch or N, N)
+    model, mixed = setting.model(), rest.autocast(setting.model()) is not None
+    trainer = GRPOTrainer(
+        model=model, reward_funcs=reward, processing_class=setting.tokenizer, callbacks=[Clock()],
+        train_dataset=datasets.Dataset.from_dict({"prompt": setting.texts}),
+        args=GRPOConfig(
+            output_dir=tempfile.mkdtemp(), max_steps=1, per_device_train_batch_size=micro, gradient_accumulation_steps=N // micro,
+            num_generations=setting.group, max_completion_length=setting.length, temperature=args.temperature, beta=0.0, loss_type="grpo",
+            learning_rate=LEARNING_RATE, lr_scheduler_type="constant", optim="adamw_torch_fused", max_grad_norm=1.0, bf16=mixed,
+            gradient_checkpointing=False, use_cpu=args.device == "cpu", dataloader_pin_memory=False, report_to="none", save_strategy="no",
+            logging_strategy="no", disable_tqdm=True))
+
+    def step(repeat):
+        torch.manual_seed(repeat)
+        trainer.args.seed = repeat
+        trainer.train()
+        return {"rollout_s": times["reward"] - times["begin"], "update_s": times["end"] - times["reward"], "tokens": times["tokens"]}
+    return step
+
+
+MAKERS = {"ours": make_ours, "plain": lambda setting: make_ours(setting, shared=False), "generate": make_generate, "trl": make_trl}
+
+
+def resident(peak):
+    """(Peak) resident memory of this process in bytes. Linux: from /proc, since ru_maxrss starts from the parent's."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.search(rf"{'VmHWM' if peak else 'VmRSS'}:\s+(\d+)", status.read_text())[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def probe(arm, shape, args):
+    """Peak bytes of two steps above what was held before; runs in a process of its own."""
+    setting = Setting(shape, args)
+    setting.lengths = torch.full((setting.prompts * setting.group,), setting.length, device=args.device)
+    step = MAKERS[arm](setting)
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if args.device == "cuda" else resident(False)
+    for repeat in range(2):
+        step(repeat)
+    return (torch.cuda.max_memory_allocated() if args.device == "cuda" else resident(True)) - before
+
+
+def peak_memory(arm, shape, argv):
+    done = subprocess.run([sys.executable, __file__, *argv, "--probe", arm, "--shapes", shape], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the memory probe of {arm} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1]) / 2**20
+
+
+def spread(values, digits=2):
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+
+
+def table(found):
+    """Markdown: medians, and ratios of paired repeats as median (min–max)."""
+    lines = ["| shape | arm | rollout tokens/s | update s | step s | step, times faster than TRL | rollout, times faster than generate | peak MiB |",
+             "|---|---|---|---|---|---|---|---|"]
+    for shape in dict.fromkeys(row["shape"] for row in found):
+        arms = {arm: [row for row in found if (row["shape"], row["arm"]) == (shape, arm)] for arm in ARMS}
+
+        def median(rows, key, digits):
+            return f"{statistics.median(row[key] for row in rows):.{digits}f}" if key in rows[0] else "–"
+
+        def ratio(rows, other, key):
+            return spread([b[key] / a[key] for a, b in zip(rows, arms[other])]) if arms[other] and key in rows[0] else "–"
+        for arm, rows in arms.items():
+            if rows:
+                rate = statistics.median(row["tokens"] / row["rollout_s"] for row in rows)
+                lines.append(f"| {shape} | {arm} | {rate:.0f} | {median(rows, 'update_s', 2)} | {median(rows, 'step_s', 2)} | "
+                             f"{ratio(rows, 'trl', 'step_s')} | {ratio(rows, 'generate', 'rollout_s')} | {rows[0].get('peak_mib', '–')} |")
+    return "\n".join(lines)
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="PROMPTxCOMPLETIONxGROUPxPROMPTS, trailing r: ragged lengths")
+    parser.add_argument("--scaling", action="store_true", help="shapes that vary the group size, the prompt length and the batch")
+    parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--model", help="a folder or hub id; default: the embedded 1M-parameter Qwen3 with random weights")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
+                        help="of the weights; float32 on a GPU runs under bf16 autocast in all arms")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--micro-batch-tokens", type=int, default=0, help="Config.micro_batch_tokens of our arms; 0: its default")
+    parser.add_argument("--trl-micro-batch", type=int, default=0, help="completions per forward in TRL; 0: all of a step")
+    parser.add_argument("--no-memory", action="store_true", help="skip the memory probes, which start one process per shape and arm")
+    parser.add_argument("--out", type=Path, default=Path("results/bench.csv"))
+    parser.add_argument("--probe", choices=ARMS, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    if args.probe:
+        print(json.dumps(probe(args.probe, args.shapes[0], args)))
+        return
+    arms = [arm for arm in args.arms if arm != "trl" or importlib.util.find_spec("trl")]
+    if len(arms) < len(args.arms):
+        print("trl is not installed, so its arm is left out (pip install trl)")
+    found, args.out = [], args.out.resolve()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with open(args.out, "w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        for shape in SCALING if args.scaling else args.shapes:
+            setting = Setting(shape, args)
+            names = [arm for arm in arms if not (setting.ragged and arm == "trl")]
+            if setting.ragged and "generate" in names and not {"ours", "plain"} & set(names):
+                parser.error("ragged shapes take their lengths from our rollout: add ours or plain to --arms")
+            peak = {} if args.no_memory else {arm: round(peak_memory(arm, shape, argv)) for arm in names}
+            steps = {arm: MAKERS[arm](setting) for arm in names}
+            for repeat in range(-1, args.repeats):  # -1 warms up
+                for arm, step in steps.items():
+                    row = step(repeat + 1)
+                    if repeat >= 0:
+                        row |= {"shape": shape, "arm": arm, "repeat": repeat, "parameters": setting.model().num_parameters(),
+                                "device": args.device, "dtype": args.dtype, "threads": args.threads}
+                        row |= {"peak_mib": peak[arm]} if peak else {}
+                        row |= {"step_s": row["rollout_s"] + row["update_s"]} if "update_s" in row else {}
+                        found.append(row)
+                        writer.writerow({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
+                        file.flush()
+                        print(f"{shape} {arm} {repeat}: rollout {row['rollout_s']:.2f} s, update {row.get('update_s', 0):.2f} s", flush=True)
+    print(f"\n{setting.model().num_parameters() / 1e6:.1f}M parameters, {args.device}, {args.dtype}, {args.threads} threads, "
+          f"median of {args.repeats}:\n\n{table(found)}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,221 @@
+"""The task generators: every gold call is valid, executable and copyable, splits are disjoint, masks and histories are true."""
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from toy_tools import tasks
+from toy_tools.tasks import CATEGORIES, REQUESTS, completion_text, decompose, from_dataset, make_rows, to_dataset, toolbox_for
+from toy_tools.tools import KINDS, RATES, TOOLS, UNITS
+
+N = 1500
+ROWS = {(split, mask): make_rows(N, split, seed=11, mask_names=mask) for split in ("train", "test") for mask in (False, True)}
+ALL = [row for rows in ROWS.values() for row in rows]
+CLOSED = {"source", "target", "language"}  # arguments from closed vocabularies, shared by both splits
+
+
+def calls_of(row):
+    return [call for turn in row["gold"] for call in turn]
+
+
+def strings(value):
+    """Every string in a nested value, dict keys included."""
+    if isinstance(value, dict):
+        return [s for k, v in value.items() for s in [k, *strings(v)]]
+    return [s for v in value for s in strings(v)] if isinstance(value, list) else [value] if isinstance(value, str) else []
+
+
+ENTITY = re.compile("|".join([r"[a-z.]+@mail\.com", r"\b[A-Z]{4}\b", r"\bB?\d[\d() +*/-]*(?<! )"] + [rf"\b{re.escape(e)}\b" for e in sorted(
+    [*tasks.FIRST, *tasks.LAST, *tasks.CITY, *tasks.THING, *tasks.PLACE, *tasks.BAND, *tasks.SAY, *tasks.LANGUAGES, *UNITS], key=len, reverse=True)]))
+
+
+def phrasing(text):
+    """The user's text with all entities cut out: the template it came from. Works without knowing the generator's choice."""
+    text = re.sub(rf"\b({'|'.join(RATES)})\b", "$", text)  # "_ in _ please" is said of units and of currencies
+    return re.sub(r"_[_ ()]*_|\(?_\)?", "_", ENTITY.sub("_", text))
+
+
+TEMPLATE_TOOL = {phrasing(row["messages"][0]["content"]): row["gold"][0][0]["name"]
+                 for split in ("train", "test") for row in make_rows(3000, split, seed=1, categories=["simple"])}
+assert len(TEMPLATE_TOOL) == sum(len(train) + len(test) for _, train, test in REQUESTS.values())  # one phrasing belongs to one tool
+
+
+def test_rows_have_the_promised_shape():
+    offered = {"simple": (1, 2), "multiple": (3, 4), "parallel": (2,), "irrelevance": (2,), "multi_turn": (2, 3)}
+    for row in ALL:
+        assert set(row) == {"messages", "tools", "gold", "category", "state", "demo"}
+        assert [m["role"] for m in row["messages"]] == ["user"] and len(row["gold"]) == len(row["demo"])
+        assert [len(turn) for turn in row["gold"]] in {"simple": [[1]], "multiple": [[1]], "parallel": [[2], [3]], "irrelevance": [[0]],
+                                                       "multi_turn": [[1, 1, 0]]}[row["category"]]
+        names = [tool["function"]["name"] for tool in row["tools"]]
+        assert len(set(names)) == len(names) in offered[row["category"]]
+        for turn, demo in zip(row["gold"], row["demo"]):
+            assert 4 <= len(demo["think"].split()) <= 30 and "<" not in demo["think"] and "{" not in demo["think"]
+            assert (demo["response"] is None) == bool(turn)  # a turn calls or answers
+            assert len({json.dumps(call) for call in turn}) == len(turn)
+    for rows in ROWS.values():
+        assert [row["category"] for row in rows[:5]] == list(CATEGORIES)
+    assert len({row["messages"][0]["content"] for row in ROWS["train", False]}) > 0.9 * N  # hardly two alike
+
+
+def test_gold_fits_the_schemas():
+    """An independent check: known tool, exactly the required arguments, types, enum."""
+    for row in ALL:
+        schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in row["tools"]}
+        for call in calls_of(row):
+            schema = schemas[call["name"]]
+            assert set(call["arguments"]) == set(schema["required"]) == set(schema["properties"])
+            for name, value in call["arguments"].items():
+                kind = schema["properties"][name]
+                assert isinstance(value, KINDS[kind["type"]]) and value in kind.get("enum", [value])
+
+
+def test_arguments_stand_in_the_text_or_in_an_earlier_result():
+    """What the policy has to write can be copied, character by character; in multi-turn rows the second call needs the first one's result."""
+    needed = 0
+    for row in ALL:
+        for k, step in enumerate(decompose(row)):
+            seen = " ".join(m["content"] for m in step["messages"] if m["role"] != "assistant")
+            user = row["messages"][0]["content"]
+            for call in step["gold"][0]:
+                values = [str(v) for v in call["arguments"].values()]
+                assert all(re.search(rf"(?<!\w){re.escape(v)}(?!\w)", seen) for v in values), (seen, call)
+                if k == 1:
+                    needed += 1
+                    assert any(v not in user for v in values) and any(v in step["messages"][-1]["content"] and v not in user for v in values)
+    assert needed == len([row for row in ALL if row["category"] == "multi_turn"]) > 0
+
+
+def test_histories_are_the_gold_turns_with_the_real_results():
+    for row in ALL:
+        steps, box, history = decompose(row), toolbox_for(row), list(row["messages"])
+        assert len(steps) == len(row["gold"])
+        for step, turn, demo in zip(steps, row["gold"], row["demo"]):
+            assert step["gold"] == [turn] and step["demo"] == [demo] and step["messages"] == history
+            assert all(step[key] == row[key] for key in ("tools", "category", "state"))
+            history.append({"role": "assistant", "content": completion_text(turn, demo["think"], demo["response"])})
+            for call in turn:
+                result = box.functions[call["name"]](**call["arguments"])
+                assert result is not None and result != ""
+                history.append({"role": "tool", "content": result if isinstance(result, str) else json.dumps(result)})
+    assert row["messages"][0]["role"] == "user" and len(row["messages"]) == 1  # decompose left its argument alone
+
+
+def test_final_answers_use_the_last_result():
+    for row in ROWS["train", False] + ROWS["test", False]:
+        if row["category"] == "multi_turn":
+            name, arguments = row["gold"][1][0]["name"], row["gold"][1][0]["arguments"]
+            answer, result = row["demo"][-1]["response"], decompose(row)[-1]["messages"][-1]["content"]
+            parts = [str(v) for v in json.loads(result).values()] if name == "weather" else [result]
+            parts = list(arguments.values())[-1:] if name == "add_reminder" else [arguments["to"]] if name == "send_message" else parts
+            parts = [arguments["code"]] if name == "cancel_booking" else [arguments["date"], result] if name == "weekday" else parts
+            assert all(part in answer for part in parts), (answer, result)
+
+
+def test_in_irrelevance_rows_no_offered_tool_fits():
+    """The request's phrasing tells which tool it was written for; neither that one is offered nor one that could do its work."""
+    seen = set()
+    for row in ROWS["train", False] + ROWS["test", False]:
+        if row["category"] == "irrelevance":
+            wanted = TEMPLATE_TOOL[phrasing(row["messages"][0]["content"])]
+            offered = {tool["function"]["name"] for tool in row["tools"]}
+            assert wanted not in offered and not offered & set(tasks.STAND_INS.get(wanted, ()))
+            seen.add(wanted)
+    assert seen == set(TOOLS) == set(REQUESTS)
+
+
+def test_splits_share_no_text_no_phrasing_no_entity():
+    train, test = ROWS["train", False], ROWS["test", False]
+    phrasings = [{phrasing(row["messages"][0]["content"]) for row in rows} for rows in (train, test)]
+    assert min(map(len, phrasings)) >= 20 and not phrasings[0] & phrasings[1]
+    texts = [{row["messages"][0]["content"] for row in make_rows(6000, split, seed=seed)} for split, seed in (("train", 0), ("test", 0))]
+    assert not texts[0] & texts[1]
+    entities = []
+    for rows in (train, test):
+        found = {}
+        for row in rows:
+            for turn in row["gold"][:1]:  # later turns use results of tools
+                for call in turn:
+                    for name, value in call["arguments"].items():
+                        words = str(value).split() if call["name"] == "find_contact" else re.findall(r"\d+", value) if name == "expression" else [value]
+                        found.setdefault(name, set()).update(words)
+        entities.append(found)
+    assert set(entities[0]) == set(entities[1]) and len(entities[0]) > 12
+    for name in set(entities[0]) - CLOSED:
+        assert not entities[0][name] & entities[1][name], name
+    assert not set("".join(entities[0]["symbol"])) & set("".join(entities[1]["symbol"]))
+    cities = [{c["city"] for row in rows for c in row["state"].get("contacts", {}).values()} for rows in (train, test)]
+    assert min(map(len, cities)) >= 10 and not cities[0] & cities[1]
+    for _, in_train, in_test in REQUESTS.values():
+        assert in_test and len(in_train) > 1 and not set(in_train) & set(in_test)
+
+
+def test_the_same_in_every_process():
+    """String hashes differ between the two processes; rows must not."""
+    code = ("import hashlib, json; from toy_tools.tasks import *; rows = [s for m in (0, 1) for t in ('train', 'test')"
+            " for r in make_rows(200, t, 3, mask_names=m) for s in decompose(r)]; print(hashlib.sha256(json.dumps(rows).encode()).hexdigest(), hash('a'))")
+    out = [subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, cwd=Path(__file__).parent.parent,
+                          capture_output=True, text=True, check=True).stdout.split() for seed in ("1", "2")]
+    assert out[0][0] == out[1][0] and out[0][1] != out[1][1]
+    assert make_rows(50, seed=1) == make_rows(50, seed=1) != make_rows(50, seed=2)
+    assert make_rows(50, seed=1)[:20] == make_rows(20, seed=1)
+
+
+def test_masking_hides_every_real_name_and_keeps_the_rest():
+    masked = 0
+    for split in ("train", "test"):
+        for plain, row in zip(ROWS[split, False], ROWS[split, True]):
+            aliases = row["state"]["aliases"]
+            assert len({*aliases, *(p for _, params in aliases.values() for p in params)}) == len(aliases) + sum(len(p) for _, p in aliases.values())
+            assert row["messages"] == plain["messages"] and row["category"] == plain["category"]
+            for tool, real in zip(row["tools"], plain["tools"]):
+                tool, real = tool["function"], real["function"]
+                name, params = aliases[tool["name"]]
+                assert name == real["name"] and tool["description"] == real["description"]
+                assert {params[p]: s for p, s in tool["parameters"]["properties"].items()} == real["parameters"]["properties"]
+                hidden = {real["name"], *real["parameters"]["properties"]}
+                assert not hidden & {tool["name"], *tool["parameters"]["properties"], *tool["parameters"]["required"]}
+                for turn in row["demo"]:
+                    masked += 1
+                    assert not re.search(rf"\b{real['name']}\b", turn["think"] + (turn["response"] or "")), turn
+            unmasked = [[{"name": aliases[c["name"]][0], "arguments": {aliases[c["name"]][1][k]: v for k, v in c["arguments"].items()}} for c in turn]
+                        for turn in row["gold"]]
+            assert unmasked == plain["gold"]
+            assert [s["messages"][-1]["content"] for s in decompose(row)] == [s["messages"][-1]["content"] for s in decompose(plain)]  # same results
+    assert masked > N
+
+
+def test_masking_leaves_its_argument_alone():
+    row = make_rows(1, seed=4, categories=["multi_turn"])[0]
+    before = json.dumps(row)
+    assert json.dumps(tasks.masked(row, random.Random(0))) != before == json.dumps(row)
+    assert not toolbox_for({**row, "state": None}).state  # rows without a state have an empty one
+
+
+def test_completion_text():
+    calls = [{"name": "f", "arguments": {"x": 1, "s": "é\n"}}, {"name": "g", "arguments": {}}]
+    text = completion_text(calls, "a thought")
+    assert text.startswith("<think>a thought</think>\n<tool_call>\n") and text.endswith("\n</tool_call>")
+    assert [json.loads(line) for line in text.split("\n")[2:-1]] == calls
+    assert completion_text([], "t", "r") == "<think>t</think>\n<response>r</response>"
+    assert completion_text(calls[1:], "t", "") == '<think>t</think>\n<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>\n<response></response>'
+
+
+def test_dataset_round_trip_is_exact():
+    """Arrow alone would give each call the arguments of all others, as None, and turn 1 into 1.0."""
+    rows = ROWS["train", False][:100] + ROWS["test", True][:100] + [s for row in ROWS["train", False][:20] for s in decompose(row)]
+    rows.append({**rows[0], "state": None, "tools": [], "gold": [[{"name": "é", "arguments": {"a": 1, "b": 1.0, "c": None, "d": [True, {}], "e": ""}}]]})
+    back = from_dataset(to_dataset(rows))
+    assert json.dumps(back) == json.dumps(rows)
+
+
+@pytest.mark.parametrize("arguments, word", [({"split": "dev"}, "dev"), ({"categories": ["simple", "hard"]}, "hard"), ({"categories": []}, "categories")])
+def test_bad_arguments_are_named(arguments, word):
+    with pytest.raises(ValueError, match=word):
+        make_rows(3, **arguments)
