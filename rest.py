@@ -73,7 +73,7 @@ class Config:
     steps: int = field(default=60, metadata={"help": "Optimisation steps; progress is step/steps."})
     prompts: int = field(default=16, metadata={"help": "Prompts per step (P)."})
     group: int = field(default=8, metadata={"help": "Completions per prompt (G), at least 2."})
-    max_completion_tokens: int = field(default=112, metadata={"help": "Token budget of an episode, tool results included."})
+    max_completion_tokens: int = field(default=160, metadata={"help": "Token budget of an episode, tool results included."})
     max_turns: int = field(default=1, metadata={"help": "Assistant turns per episode; above 1 calls run and results are fed back."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; logp and entropy are those of this distribution."})
     top_k: int = field(default=0, metadata={"help": "Must stay 0: truncated sampling would make the importance ratio wrong."})

@@ -2,10 +2,12 @@
 it on imperfect demonstrations, and reinforces it on executable toy tools. `--help` lists every knob; README.md has examples."""
 
 import csv
+import hashlib
 import json
 import os
 import random
 import shutil
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -41,7 +43,7 @@ class Run:
     warm_start_batch: int = field(default=8, metadata={"help": "Rows per supervised step of a --model."})
     micro_batch: int = field(default=2, metadata={"help": "Rows per forward in a --model's supervised steps."})
     warm_start_lr: float = field(default=2e-4, metadata={"help": "Learning rate of a --model's supervised steps."})
-    noise: float = field(default=0.15, metadata={"help": "Rate of each kind of mistake in the toy demonstrations."})
+    noise: float = field(default=0.05, metadata={"help": "Rate of each kind of mistake in the toy demonstrations."})
     train_rows: int = field(default=4000, metadata={"help": "Toy tasks to train on."})
     eval_rows: int = field(default=200, metadata={"help": "Held-out toy tasks to evaluate on, before and after."})
     eval_samples: int = field(default=2, metadata={"help": "Completions sampled per held-out task."})
@@ -50,7 +52,7 @@ class Run:
     save_steps: int = field(default=0, metadata={"help": "Checkpoint every so many steps; 0: only at the end."})
     resume: bool = field(default=False, metadata={"help": "Continue the run --name from its last checkpoint."})
     eval_only: bool = field(default=False, metadata={"help": "No training: evaluate --model (or a run's policy)."})
-    benchmarks: list[str] = field(default_factory=list, metadata={"help": "bfcl, bfcl-live, bfcl-multi-turn, api-bank, or single categories."})
+    benchmarks: list[str] = field(default_factory=list, metadata={"help": "bfcl, bfcl-code, bfcl-live, bfcl-multi-turn, api-bank, or categories."})
     api_bank_dir: str = field(default="", metadata={"help": "Folder with level-{1,2,3}-api_processed.json."})
     limit: int = field(default=0, metadata={"help": "At most so many prompts per benchmark category (a fixed subset); 0: all."})
     compare: str = field(default="", metadata={"help": "benchmarks.jsonl of another run, for paired differences."})
@@ -69,7 +71,7 @@ def pick_device(name):
 
 
 def open_run(run, cfg):
-    """The run's folder: new, or with --resume the old one. Never writes over a finished run."""
+    """Path of the run's folder: a new one, or with --resume the old one. Never one that would be written over."""
     base = Path(run.output_dir)
     folder = base / (run.name or f"{cfg.method}-seed{cfg.seed}")
     if run.resume:
@@ -81,7 +83,6 @@ def open_run(run, cfg):
     number = 2
     while folder.exists():
         folder, number = base / f"{cfg.method}-seed{cfg.seed}-{number}", number + 1
-    folder.mkdir(parents=True)
     return folder
 
 
@@ -163,8 +164,6 @@ def train(run, cfg, device):
         changed += [k for k in ("model", "data", "mask_names", "train_rows") if old["run"].get(k) != getattr(run, k)]
         if changed:
             raise ValueError(f"--resume with other settings than the run began with ({', '.join(changed)}): give the same ones")
-    else:
-        (folder / "config.json").write_text(json.dumps({"config": asdict(cfg), "run": asdict(run), "torch": torch.__version__}, indent=1))
     began = time.perf_counter()
     set_seed(cfg.seed)
     if run.data:
@@ -180,12 +179,18 @@ def train(run, cfg, device):
     model, tokenizer, instructions = load(run, cfg, device, folder / "checkpoint" if run.resume else None)
     if run.model and not run.resume and run.warm_start_steps > 0:
         rng = random.Random(cfg.seed)
+        bare = sum("target" not in row and "demo" not in row for row in rows)
+        if bare:
+            raise ValueError(f"--warm-start-steps needs demonstrations, but {bare} rows of {run.data} have neither \"demo\" nor \"target\"")
         pairs = [(row, row.get("target") or policy.noisy_demonstration(row, rng, run.noise)) for row in rows]
         policy.warm_start(model, tokenizer, pairs, run.warm_start_steps, run.warm_start_batch, run.warm_start_lr, cfg.seed,
                           micro_batch=run.micro_batch, instructions=instructions)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=device.type != "mps")
     first = 0
-    if run.resume:
+    if not run.resume:  # made only now, so that a wrong path or option leaves no folder behind
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps({"config": asdict(cfg), "run": asdict(run), "torch": torch.__version__}, indent=1))
+    else:
         state = torch.load(folder / "checkpoint" / "trainer.pt", map_location=device, weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
@@ -210,7 +215,13 @@ def train(run, cfg, device):
         if name:
             split[name] += now - mark
         mark = now
-    step, seen = first, None
+    seen, stop = None, []
+
+    def interrupt(*_):  # the first Ctrl-C lets the step finish, so that what is saved is a whole step; the second stops at once
+        if stop:
+            raise KeyboardInterrupt
+        stop.append(True)
+    before_interrupt = signal.signal(signal.SIGINT, interrupt)
     try:
         with tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc=cfg.method, unit="step") as bar:
             for step in bar:
@@ -220,14 +231,13 @@ def train(run, cfg, device):
                 log.add(metrics)
                 bar.set_postfix_str(f"reward {metrics['reward']:+.2f} exact {metrics['exact']:.2f} H fmt {metrics['H_format']:.2f} name "
                                     f"{metrics['H_name']:.2f} par {metrics['H_params']:.2f} tht {metrics['H_thought']:.2f}")
-                if run.save_steps and (step + 1) % run.save_steps == 0:
+                if stop or (run.save_steps and (step + 1) % run.save_steps == 0):
                     save(folder, model, tokenizer, optimizer, step + 1)
                     log.write_csv()
-    except KeyboardInterrupt:
-        done = len(log.rows)
-        save(folder, model, tokenizer, optimizer, done)
-        log.write_csv()
-        fail(f"interrupted after step {done}; saved. Continue with --resume --name {folder.name}")
+                if stop:
+                    fail(f"interrupted after {step + 1} steps; saved. Continue with the same options and --resume --name {folder.name}")
+    finally:
+        signal.signal(signal.SIGINT, before_interrupt)
     total = max(time.perf_counter() - started, 1e-9)
     save(folder, model, tokenizer, optimizer, cfg.steps)
     log.write_csv()
@@ -267,11 +277,11 @@ def evaluate_only(run, cfg, device):
         return [texts[0] if texts else "" for texts in batch.texts]
     name = run.name or "eval-" + (Path(run.model.rstrip("/")).name if run.model else f"embedded-seed{cfg.seed}")
     folder = Path(run.output_dir) / name
-    header = {"model": run.model or f"embedded, seed {cfg.seed}", "dtype": run.dtype, "max_completion_tokens": cfg.max_completion_tokens,
+    weights = hashlib.sha256(b"".join(p.detach().flatten()[:64].float().cpu().numpy().tobytes() for p in model.parameters())).hexdigest()[:12]
+    header = {"weights": weights, "model": run.model or f"embedded, seed {cfg.seed}", "dtype": run.dtype, "max_completion_tokens": cfg.max_completion_tokens,
               "instructions": instructions}
-    compare = benchmarks.load_results(run.compare) if run.compare else None
     results = benchmarks.evaluate_benchmarks(run.benchmarks, generate, folder, run.limit or None, header, run.api_bank_dir, run.eval_batch)
-    print(benchmarks.table(results, compare))
+    print(benchmarks.table(results, run.compare or None))
     print(f"Raw outputs and scores: {folder}/benchmarks.jsonl")
 
 

@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerFast, TrainerCallback
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 
 import rest
 from toy_tools.policy import build_model, load_model
@@ -182,16 +182,17 @@ def make_trl(setting):
         times["tokens"] = sum(map(len, completion_ids))
         return torch.rand(N).tolist()
     micro = min(args.trl_micro_batch or N, N)
-    model, mixed = setting.model(), rest.autocast(setting.model()) is not None
+    model = setting.model()
     trainer = GRPOTrainer(
         model=model, reward_funcs=reward, processing_class=setting.tokenizer, callbacks=[Clock()],
         train_dataset=datasets.Dataset.from_dict({"prompt": setting.texts}),
         args=GRPOConfig(
             output_dir=tempfile.mkdtemp(), max_steps=1, per_device_train_batch_size=micro, gradient_accumulation_steps=N // micro,
             num_generations=setting.group, max_completion_length=setting.length, temperature=args.temperature, beta=0.0, loss_type="grpo",
-            learning_rate=LEARNING_RATE, lr_scheduler_type="constant", optim="adamw_torch_fused", max_grad_norm=1.0, bf16=mixed,
+            learning_rate=LEARNING_RATE, lr_scheduler_type="constant", optim="adamw_torch_fused", max_grad_norm=1.0, bf16=rest.autocast(model) is not None,
             gradient_checkpointing=False, use_cpu=args.device == "cpu", dataloader_pin_memory=False, report_to="none", save_strategy="no",
             logging_strategy="no", disable_tqdm=True))
+    trainer.remove_callback(PrinterCallback)
 
     def step(repeat):
         torch.manual_seed(repeat)

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -78,17 +79,17 @@ def weights(folder):
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(cache, tmp_path, monkeypatch):
-    """Pitfall 13. Interrupted by Ctrl-C within step 3 of 5, then resumed: the same metrics line by line and the same final weights, bit for bit.
+    """Pitfall 13. Interrupted by Ctrl-C within the third of 5 steps, then resumed: the same metrics line by line and the same final weights, bit for bit.
     The progress-dependent parts (learning rate, curriculum, reward scaling, data order, sampling seeds) all have to continue."""
     run(tmp_path, "--name", "whole", "--steps", "5")
     step = rest.train_step
 
     def interrupted(*args, **kwargs):
-        if args[5] == 3:
-            raise KeyboardInterrupt
+        if args[5] == 2:
+            signal.raise_signal(signal.SIGINT)
         return step(*args, **kwargs)
     monkeypatch.setattr(rest, "train_step", interrupted)
-    with pytest.raises(SystemExit, match="interrupted after step 3; saved"):
+    with pytest.raises(SystemExit, match="interrupted after 3 steps; saved"):
         run(tmp_path, "--name", "parts", "--steps", "5")
     monkeypatch.setattr(rest, "train_step", step)
     with pytest.raises(SystemExit, match="learning_rate"):

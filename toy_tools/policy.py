@@ -4,6 +4,7 @@ and the supervised warm start that gives reinforcement learning something to rei
 import hashlib
 import importlib.metadata
 import inspect
+import json
 import os
 import random
 import re
@@ -22,7 +23,7 @@ from toy_tools import tasks, tools
 
 # --------------------------------------------------------------------------------------------- the embedded policy
 
-WARM_START_STEPS = 400
+WARM_START_STEPS = 320
 
 TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<response>", "</response>"]
 CHAT_TEMPLATE = (  # tools as signatures, name(param: type, ...): description, a third of the tokens that JSON schemas take
@@ -53,8 +54,9 @@ def build_model(vocab_size, seed=0):
     """A randomly initialised Qwen3 of about 1M parameters."""
     torch.manual_seed(seed)
     return Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=vocab_size, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=32, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None, eos_token_id=2, pad_token_id=0))
+        vocab_size=vocab_size, hidden_size=160, intermediate_size=448, num_hidden_layers=3, num_attention_heads=5, num_key_value_heads=5,
+        head_dim=32, max_position_embeddings=2048, tie_word_embeddings=True, initializer_range=0.06,  # learns to copy sooner than 0.02
+        bos_token_id=None, eos_token_id=2, pad_token_id=0))
 
 
 def noisy_demonstration(row, rng, noise):
@@ -86,24 +88,38 @@ def noisy_demonstration(row, rng, noise):
     return text
 
 
-def tiny_policy(seed=0, steps=WARM_START_STEPS, batch=64, learning_rate=2e-3, noise=0.15, mask_names=False, device="cpu", progress=True):
+def lesson(tokenizer, rng, length=160):
+    """(ids, mask) of a document of requests, each followed by its call, without tools or thoughts; mask is True in calls.
+
+    Copying arguments is what a pretrained model brings and a random one learns slowest. These dense lines teach it within a minute;
+    demonstrations, of which one token in twenty is copied, would take ten."""
+    ids, mask = [], []
+    while len(ids) < length:
+        call, user = tasks.request(tasks.Draw(rng, "train"), rng.choice(list(tools.TOOLS)))
+        for text, trained in ((user + "\n", False), (json.dumps(call) + "\n", True)):
+            piece = tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids, mask = ids + piece, mask + [trained] * len(piece)
+    return ids[:length], mask[:length]
+
+
+def tiny_policy(seed=0, steps=WARM_START_STEPS, batch=32, learning_rate=3e-3, noise=0.05, mask_names=False, device="cpu", progress=True):
     """(model, tokenizer) of the embedded policy after its warm start; kept under $REST_CACHE (default ~/.cache/rest).
 
-    The cache key covers every argument, the sources that make data and model, and the library versions."""
+    The warm start is `steps` // 2 steps of lessons, then `steps` of imperfect demonstrations. The cache key covers every argument, the sources
+    that make data and model, and the library versions."""
     sources = "".join(inspect.getsource(m) for m in (tools, tasks, inspect.getmodule(tiny_policy)))
     versions = [importlib.metadata.version(p) for p in ("torch", "transformers", "tokenizers")]
     key = repr((sources, versions, seed, steps, batch, learning_rate, noise, mask_names))
     folder = Path(os.environ.get("REST_CACHE", "~/.cache/rest")).expanduser() / hashlib.sha256(key.encode()).hexdigest()[:16]
     if folder.is_dir():
         return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    rows = [step for row in tasks.make_rows(steps * batch // 2, "train", seed=seed + 1, mask_names=mask_names)
-            for step in tasks.decompose(row)]
     rng = random.Random(seed)
+    rows = [rng.choice(tasks.decompose(row)) for row in tasks.make_rows(max(2000, steps * batch), "train", seed=seed + 1, mask_names=mask_names)]
     pairs = [(row, noisy_demonstration(row, rng, noise)) for row in rows]
-    sample = pairs[:4000]
-    tokenizer = build_tokenizer([str(row["tools"]) + " ".join(m["content"] for m in row["messages"]) + text for row, text in sample])
+    tokenizer = build_tokenizer([str(row["tools"]) + " ".join(m["content"] for m in row["messages"]) + text for row, text in pairs[:4000]])
     model = build_model(len(tokenizer), seed).to(device)
-    warm_start(model, tokenizer, pairs, steps, batch, learning_rate, seed, progress=progress)
+    supervised(model, lambda step: [lesson(tokenizer, rng) for _ in range(batch // 2)], steps // 2, learning_rate, 8, "learning to copy", progress)
+    warm_start(model, tokenizer, pairs, steps, batch, learning_rate, seed, micro_batch=8, progress=progress)
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=folder.parent))  # written beside, then renamed: an interrupted run leaves no half cache
     model.save_pretrained(part)
@@ -117,39 +133,28 @@ def tiny_policy(seed=0, steps=WARM_START_STEPS, batch=64, learning_rate=2e-3, no
 
 # --------------------------------------------------------------------------------------------- supervised warm start, any model
 
-def warm_start(model, tokenizer, pairs, steps, batch=8, learning_rate=2e-4, seed=0, micro_batch=16, instructions="", progress=True):
-    """Supervised steps on pairs (row, completion text): cross entropy on the completion and its end-of-turn token. Returns the last losses."""
-    device, rng = next(model.parameters()).device, random.Random(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, fused=device.type != "mps")
-    order = [i for _ in range(-(-steps * batch // len(pairs))) for i in rng.sample(range(len(pairs)), len(pairs))]
+def supervised(model, sequences, steps, learning_rate, micro_batch, what="warm start", progress=True):
+    """Cross-entropy steps; sequences(step) -> [(ids, mask)], mask True at the tokens to learn. Short warm-up, second half decays. Returns losses."""
+    device = next(model.parameters()).device
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type != "mps")
     losses = []
     model.train()
-    bar = tqdm(range(steps), desc="warm start", disable=not progress, mininterval=1)
+    bar = tqdm(range(steps), desc=what, disable=not progress, mininterval=1)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min(1, (step + 1) / 20, 0.1 + 0.9 * (steps - step) / max(1, steps // 2))
-        chosen, total = [], 0
-        for i in order[step * batch:(step + 1) * batch]:
-            row, text = pairs[i]
-            prompt, forced = rest.encode_prompt(tokenizer, row["messages"], row["tools"], instructions)
-            target = tokenizer(text, add_special_tokens=False)["input_ids"][len(forced):] + [tokenizer.eos_token_id]
-            chosen.append((prompt + forced, target))
-            total += len(target)
-        chosen.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
+        chosen = sorted(sequences(step), key=lambda pair: len(pair[0]))
+        total = sum(sum(mask) for _, mask in chosen)
         optimizer.zero_grad(set_to_none=True)
         loss = 0.0
-        for start in range(0, batch, micro_batch):
+        for start in range(0, len(chosen), micro_batch):
             part = chosen[start:start + micro_batch]
-            width = max(len(p) + len(t) for p, t in part)
-            ids = torch.zeros(len(part), width, dtype=torch.long)
-            mask = torch.zeros(len(part), width, dtype=torch.bool)  # True at completion tokens
-            for r, (p, t) in enumerate(part):
-                ids[r, :len(p) + len(t)] = torch.tensor(p + t)
-                mask[r, len(p):len(p) + len(t)] = True
-            ids, mask = ids.to(device), mask.to(device)  # right-padded: no attention mask needed, what is behind is not seen
+            width = len(part[-1][0])
+            ids = torch.tensor([i + [0] * (width - len(i)) for i, _ in part], device=device)  # right-padded: what is behind is not seen
+            mask = torch.tensor([m + [False] * (width - len(m)) for _, m in part], device=device)[:, 1:]
             with rest.autocast(model) or nullcontext():
-                hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][mask[:, 1:]]  # (tokens, H)
-                logp, _ = rest.token_logps(hidden, ids[:, 1:][mask[:, 1:]], 1.0, model.get_output_embeddings())
+                hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][mask]  # (tokens, H)
+                logp, _ = rest.token_logps(hidden, ids[:, 1:][mask], 1.0, model.get_output_embeddings())
             micro = -logp.sum() / total
             micro.backward()
             loss += float(micro.detach())
@@ -159,6 +164,20 @@ def warm_start(model, tokenizer, pairs, steps, batch=8, learning_rate=2e-4, seed
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
     model.eval()
     return losses
+
+
+def warm_start(model, tokenizer, pairs, steps, batch=8, learning_rate=2e-4, seed=0, micro_batch=16, instructions="", progress=True):
+    """Supervised steps on pairs (row, completion text): cross entropy on the completion and its end-of-turn token. Returns the losses."""
+    rng = random.Random(seed)
+    order = [i for _ in range(-(-steps * batch // len(pairs))) for i in rng.sample(range(len(pairs)), len(pairs))]
+
+    def sequence(i):
+        row, text = pairs[i]
+        prompt, forced = rest.encode_prompt(tokenizer, row["messages"], row["tools"], instructions)
+        target = tokenizer(text, add_special_tokens=False)["input_ids"][len(forced):] + [tokenizer.eos_token_id]
+        return prompt + forced + target, [False] * len(prompt + forced) + [True] * len(target)
+    return supervised(model, lambda step: [sequence(i) for i in order[step * batch:(step + 1) * batch]], steps, learning_rate, micro_batch,
+                      progress=progress)
 
 
 # --------------------------------------------------------------------------------------------- real models

@@ -79,7 +79,7 @@ class DecodeLayout:
         Lp = kp.shape[2]
         shared = p[..., :Lp].reshape(P, G, Hkv, R, Lp).transpose(1, 2).reshape(P, Hkv, G * R, Lp) @ vp
         shared = shared.view(P, Hkv, G, R, D).transpose(1, 2).reshape(S, Hkv, R, D)
-        return (shared + p[..., Lp:] @ v).view(S, H, 1, D)
+        return (shared + p[..., Lp:] @ v).reshape(S, H, 1, D)
 
     def select(self, groups, slots, group):  # keep these groups of prompts and these slots, `group` to each
         self.prompt = [tuple(x[groups] for x in kv) for kv in self.prompt]

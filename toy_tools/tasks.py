@@ -11,56 +11,63 @@ from toy_tools.tools import LANGUAGES, RATES, TOOLS, UNITS, ToolBox
 
 CATEGORIES = ("simple", "multiple", "parallel", "irrelevance", "multi_turn")
 
-# ---------------------------------------------------------------------------------------------- entities, every third one held out
+# ---------------------------------------------------------------------------------------- entities: word pairs, every third pair held out
 
-FIRST = ("Ana Ben Carla David Elena Felix Grace Hugo Irene Jonas Karin Liam Mara Nils Olga Pablo Quinn Rosa Simon Tara Umar Vera Wanda Xavier "
-         "Yara Zoe Amir Bianca Cyrus Dora Emil Fatima Gustav Helga Ivan Julia Kofi Lucia Marek Nadia Oscar Petra Rafael Selma Tomas Ursula").split()
-LAST = ("Abbott Berger Castro Dumont Eriksen Fischer Garcia Hansen Ivanov Jansen Keller Lopez Moreau Novak Okafor Petrov Rossi Santos Tanaka "
-        "Ueda Vargas Weber Young Zimmer Almeida Bauer Costa Duarte Engel Ferrari Gomez Huber Ilic Jensen Kovac Lindgren Meyer Nilsen").split()
-CITY = ("Oslo Lima Cairo Paris Tokyo Delhi Quito Rabat Seoul Turin Vienna Warsaw Zagreb Athens Berlin Chicago Dublin Geneva Havana Istanbul Jakarta "
-        "Kyoto Lisbon Madrid Nairobi Ottawa Prague Riga Sofia Tunis Utrecht Venice Bogota Bergen Cardiff Denver Fresno Ghent Hanoi Izmir Kigali Leeds "
-        "Malaga Naples Odessa Porto Rouen Split Tampa Uppsala").split()
-THING = ("bread milk tickets flowers taxes laundry passport glasses keys battery invoice homework printer garden dentist bicycle novel guitar "
-         "charger blanket camera jacket mirror pillow basket candle ladder bucket carpet hammer").split()
-PLACE = ("Luna Bistro,Golden Fork,Casa Verde,Blue Lantern,Old Mill,River House,Sakura,Trattoria Roma,The Anchor,Green Olive,Fuego,Le Jardin,Red Dragon,"
-         "Harbour Grill,Spice Route,Corner Cafe,Stone Oven,Silver Spoon,Mango Tree,North Star").split(",")
-BAND = ("Blue Harbor,Night Owls,Paper Kites,The Sparrows,Velvet Room,Iron Garden,Lost Maps,Silent Drums,Copper Sky,Hollow Pines,Wild Rivers,"
-        "Electric Fern,Broken Compass,Winter Coats,Pale Lights").split(",")
-SAY = ("see you soon,call me back,happy birthday,I am late,meeting moved,thanks for lunch,good luck,bring the keys,we won,train delayed,all is well,"
-       "dinner at eight,check the report,well done,start without me").split(",")
-
-
-def pool(items, split):
-    return [x for i, x in enumerate(items) if (i % 3 == 2) == (split == "test")]
+FIRST = "Ana Ben Carla David Elena Felix Grace Hugo Irene Jonas Karin Liam Mara Nils Olga Pablo Rosa Simon Tara Umar Vera Wanda Yara Zoe".split()
+LAST = "Adler Bauer Costa Diaz Evans Fisher Gomez Huber Ito Jansen Kim Lopez".split()
+AREA = "North South East West Old New Upper Lower".split()
+CITY = ("Oslo Lima Cairo Paris Tokyo Delhi Quito Rabat Seoul Turin Vienna Warsaw Athens Berlin Chicago Dublin Geneva Havana Lisbon Madrid Nairobi Prague "
+        "Riga Tunis").split()
+COLOUR = "red blue green black white yellow brown grey".split()
+THING = "bread milk flowers passport glasses keys battery garden bicycle novel guitar blanket camera jacket mirror basket candle ladder carpet hammer".split()
+KIND = "Golden Silver Happy Little Royal Lucky Quiet Wild".split()
+HOUSE = "Fork Lantern Mill Anchor Olive Dragon Oven Spoon Garden Star Kettle Barrel".split()
+CROWD = "Kites Owls Rivers Drums Pines Lights Sparrows Maps Coats Engines".split()
+TRADE = "Energy Steel Foods Motors Paper Bank Water Air".split()
+SAY = "see you,call me,write me,meet me,wait for me,help me".split(",")
+WHEN = "soon,today,tonight,tomorrow,at noon,after work,on Monday,next week".split(",")
 
 
 class Draw:
-    """Random entities of one split."""
+    """Random entities of one split. All their words occur in both splits, but each pair of words in one of them only."""
 
     def __init__(self, rng, split):
-        self.rng, self.split = rng, split
+        self.rng, self.test = rng, split == "test"
 
-    def pick(self, items):
-        return self.rng.choice(pool(items, self.split))
+    def pair(self, first, second):
+        while True:
+            i, j = self.rng.randrange(len(first)), self.rng.randrange(len(second))
+            if ((i + j) % 3 == 2) == self.test:
+                return f"{first[i]} {second[j]}"
 
     def number(self, low, high):
         """Whole numbers; a multiple of 3 only in the test split, never in training."""
         n = 3 * self.rng.randrange(-(-low // 3), high // 3)
-        return n if self.split == "test" else n + self.rng.choice((1, 2))
+        return n if self.test else n + self.rng.choice((1, 2))
 
     def name(self):
-        return f"{self.pick(FIRST)} {self.pick(LAST)}"
+        return self.pair(FIRST, LAST)
+
+    def email(self):
+        return self.name().lower().replace(" ", "@") + ".com"
+
+    def city(self):
+        return self.pair(AREA, CITY)
+
+    def thing(self):
+        return self.pair(COLOUR, THING)
+
+    def place(self):
+        return self.pair(KIND, HOUSE)
+
+    def say(self):
+        return self.pair(SAY, WHEN)
 
     def date(self):
-        return f"20{self.rng.randrange(20, 30)}-{self.rng.randrange(1, 13):02d}-{self.rng.randrange(1, 10) * 3 - (self.split != 'test'):02d}"
-
-    def symbol(self):
-        letters = "ABCDEFGHJKLMNPRSTUVWXYZ"
-        return "".join(self.rng.choice(letters[self.split == "test"::2]) for _ in range(4))
+        return f"2025-{self.rng.randrange(1, 13):02d}-{self.rng.randrange(1, 10) * 3 - (not self.test):02d}"
 
     def expression(self):
-        a, b, c = (self.number(2, 99) for _ in range(3))
-        return self.rng.choice((f"{a} + {b}", f"{a} * {b}", f"{a} - {b}", f"({a} + {b}) * {c}", f"{a} / {b}", f"{a} * {b} - {c}"))
+        return f"{self.number(2, 99)} {self.rng.choice('+-*/')} {self.number(2, 99)}"
 
     def two_units(self):
         kind = self.rng.choice(("length", "mass", "volume"))
@@ -77,41 +84,41 @@ def _two(draw, a, b, values):
 
 REQUESTS = {
     "calculator": (lambda d: {"expression": d.expression()},
-                   ["What is {expression}?", "Compute {expression}", "Please work out {expression} for me"], ["How much is {expression}?"]),
-    "convert_units": (lambda d: dict(zip(("value", "source", "target"), (d.number(2, 300), *d.two_units()))),
+                   ["What is {expression}?", "Compute {expression}", "Please calculate {expression} for me"], ["Please compute {expression}"]),
+    "convert_units": (lambda d: dict(zip(("value", "source", "target"), (d.number(2, 99), *d.two_units()))),
                       ["Convert {value} {source} to {target}", "How many {target} are {value} {source}?", "{value} {source} in {target} please"],
-                      ["Express {value} {source} in {target}"]),
-    "convert_currency": (lambda d: {"amount": d.number(5, 900), **_two(d, "source", "target", RATES)},
+                      ["Please convert {value} {source} to {target} for me"]),
+    "convert_currency": (lambda d: {"amount": d.number(2, 99), **_two(d, "source", "target", RATES)},
                          ["Change {amount} {source} into {target}", "How many {target} do I get for {amount} {source}?", "{amount} {source} in {target} please"],
-                         ["What are {amount} {source} worth in {target}?"]),
+                         ["Please change {amount} {source} into {target} for me"]),
     "add_days": (lambda d: {"date": d.date(), "days": d.number(2, 90)},
                  ["Which date is {days} days after {date}?", "Add {days} days to {date}", "{days} days from {date} is when?"],
-                 ["Starting at {date}, what date comes {days} days later?"]),
-    "weekday": (lambda d: {"date": d.date()}, ["What day of the week is {date}?", "Which weekday was {date}?", "Is {date} a Monday or what?"],
+                 ["When is {days} days after {date}?"]),
+    "weekday": (lambda d: {"date": d.date()}, ["What day of the week is {date}?", "Which weekday was {date}?", "What weekday is {date}?"],
                 ["Tell me the weekday of {date}"]),
-    "weather": (lambda d: {"city": d.pick(CITY)}, ["How is the weather in {city}?", "Weather in {city} now", "Do I need an umbrella in {city}?"],
-                ["What is it like outside in {city}?"]),
-    "local_time": (lambda d: {"city": d.pick(CITY)}, ["What time is it in {city}?", "Local time in {city} please", "How late is it in {city}?"],
-                   ["Tell me the time in {city}"]),
-    "stock_price": (lambda d: {"symbol": d.symbol()}, ["Price of {symbol} stock?", "What does {symbol} trade at?", "Check the stock {symbol}"],
-                    ["How much does a share of {symbol} cost?"]),
-    "translate": (lambda d: {"word": d.pick(THING), "language": d.rng.choice(LANGUAGES)},
-                  ["Translate {word} into {language}", "What is {word} in {language}?", "The {language} word for {word}?"],
-                  ["How do you say {word} in {language}?"]),
-    "play_music": (lambda d: {"artist": d.pick(BAND)}, ["Play something by {artist}", "Put on {artist}", "I want to hear {artist}"],
-                   ["Could you start some {artist}?"]),
+    "weather": (lambda d: {"city": d.city()}, ["How is the weather in {city}?", "Weather in {city} now", "Tell me the weather of {city}"],
+                ["What is the weather now in {city}?"]),
+    "local_time": (lambda d: {"city": d.city()}, ["What time is it in {city}?", "Local time in {city} please", "Tell me the time of {city}"],
+                   ["What is the local time in {city}?"]),
+    "stock_price": (lambda d: {"company": d.pair(KIND, TRADE)}, ["Price of {company} stock?", "What does a {company} stock cost?", "Check the stock of {company}"],
+                    ["What is the price of a {company} stock?"]),
+    "translate": (lambda d: {"words": d.thing(), "language": d.rng.choice(LANGUAGES)},
+                  ["Translate {words} into {language}", "What is {words} in {language}?", "The {language} word for {words}?"],
+                  ["Please translate {words} into {language} for me"]),
+    "play_music": (lambda d: {"artist": d.pair(KIND, CROWD)}, ["Play something by {artist}", "Play music of {artist}", "I want to hear {artist}"],
+                   ["I want music by {artist}"]),
     "find_contact": (lambda d: {"name": d.name()}, ["Look up {name}", "Where does {name} live?", "Find the contact of {name}"],
-                     ["Show me the details of {name}"]),
-    "send_message": (lambda d: {"to": f"{d.pick(FIRST).lower()}@mail.com", "text": d.pick(SAY)},
-                     ["Write {text} to {to}", "Send {to} the text {text}", "Message {to}: {text}"], ["Let {to} know: {text}"]),
-    "add_reminder": (lambda d: {"text": d.pick(THING), "date": d.date()},
+                     ["Look up the contact of {name}"]),
+    "send_message": (lambda d: {"to": d.email(), "text": d.say()},
+                     ["Write {text} to {to}", "Send {to} the text {text}", "Message {to}: {text}"], ["Send a message to {to}: {text}"]),
+    "add_reminder": (lambda d: {"text": d.thing(), "date": d.date()},
                      ["Remind me of the {text} on {date}", "On {date} remind me about {text}", "Set a reminder for {date}: {text}"],
-                     ["Don't let me forget {text} on {date}"]),
-    "book_table": (lambda d: {"restaurant": d.pick(PLACE), "people": d.number(2, 12)},
-                   ["Book a table for {people} at {restaurant}", "Reserve {restaurant} for {people} people", "We are {people}, get us into {restaurant}"],
-                   ["I need a table at {restaurant} for {people}"]),
-    "cancel_booking": (lambda d: {"code": f"B{d.number(1000, 9990)}"}, ["Cancel booking {code}", "Please drop my reservation {code}", "Delete the booking {code}"],
-                       ["I no longer need booking {code}"]),
+                     ["Set a reminder about {text} on {date}"]),
+    "book_table": (lambda d: {"restaurant": d.place(), "people": d.number(2, 12)},
+                   ["Book a table for {people} at {restaurant}", "Reserve {restaurant} for {people} people", "A table at {restaurant}, we are {people}"],
+                   ["Reserve a table at {restaurant} for {people} people"]),
+    "cancel_booking": (lambda d: {"code": f"B{d.number(10, 99)}"}, ["Cancel booking {code}", "Please cancel my booking {code}", "Drop the booking {code}"],
+                       ["I want to cancel booking {code}"]),
 }
 
 THOUGHTS = ("The user wants the {what}. {tool} can do this.", "This needs {tool}, which gives the {what}.", "I should call {tool} for the {what}.",
@@ -127,11 +134,11 @@ REFUSALS = ("Sorry, I have no tool for that.", "I cannot do that with my tools."
 STAND_INS = {"convert_units": ["calculator"]}  # tools that could do another's work, so that "nothing fits" would be wrong
 
 
-def _request(draw, name):
+def request(draw, name):
     """(call, user text) for one tool."""
     make, train, test = REQUESTS[name]
     arguments = make(draw)
-    return {"name": name, "arguments": arguments}, draw.rng.choice(test if draw.split == "test" else train).format(**arguments)
+    return {"name": name, "arguments": arguments}, draw.rng.choice(test if draw.test else train).format(**arguments)
 
 
 WHAT = {"calculator": "result", "convert_units": "conversion", "convert_currency": "exchange", "add_days": "later date", "weekday": "day of the week",
@@ -161,16 +168,16 @@ def _state_for(draw, calls):
         if call["name"] == "find_contact":
             state.setdefault("contacts", {})[call["arguments"]["name"]] = _contact(draw, call["arguments"]["name"])
         if call["name"] == "cancel_booking":
-            state.setdefault("bookings", {})[call["arguments"]["code"]] = [draw.pick(PLACE), 2]
+            state.setdefault("bookings", {})[call["arguments"]["code"]] = [draw.place(), 2]
     return state
 
 
 def _contact(draw, name):
-    return {"city": draw.pick(CITY), "email": name.lower().replace(" ", ".") + "@mail.com"}
+    return {"city": draw.city(), "email": name.lower().replace(" ", "@") + ".com"}
 
 
 def _simple(draw, category="simple", distractors=(0, 1)):
-    call, user = _request(draw, draw.rng.choice(list(TOOLS)))
+    call, user = request(draw, draw.rng.choice(list(TOOLS)))
     names = [call["name"], *_others(draw, [call["name"]], draw.rng.choice(distractors))]
     return _row(draw, category, user, [[call]], [{"think": _think(draw, call), "response": None}], names, _state_for(draw, [call]))
 
@@ -183,20 +190,20 @@ def _parallel(draw):
     names = draw.rng.sample(list(TOOLS), 2)
     n = draw.rng.choice((2, 2, 3))
     chosen = (names * 2)[:n] if draw.rng.random() < 0.5 else [names[0]] * n
-    requests = [_request(draw, name) for name in chosen]
+    requests = [request(draw, name) for name in chosen]
     while any(a[0] == b[0] for i, a in enumerate(requests) for b in requests[:i]):  # the same call twice is no task
-        requests = [_request(draw, name) for name in chosen]
+        requests = [request(draw, name) for name in chosen]
     calls, users = zip(*requests)
-    user = " Also, ".join(u.rstrip(".?") if i < n - 1 else u for i, u in enumerate(users)) if draw.split == "train" else " And then: ".join(users)
+    user = (" And also, " if draw.test else draw.rng.choice((" And ", " Also, ", " Then "))).join(users)
     think = draw.rng.choice(PARALLEL).format(n=n, what=WHAT[calls[0]["name"]])
     return _row(draw, "parallel", user, [list(calls)], [{"think": think, "response": None}], names, _state_for(draw, calls))
 
 
 def _irrelevance(draw):
-    call, user = _request(draw, draw.rng.choice(list(TOOLS)))
+    call, user = request(draw, draw.rng.choice(list(TOOLS)))
     think = draw.rng.choice(NO_TOOL).format(what=WHAT[call["name"]])
     return _row(draw, "irrelevance", user, [[]], [{"think": think, "response": draw.rng.choice(REFUSALS)}],
-                _others(draw, [call["name"], *STAND_INS.get(call["name"], ())], 2))
+                _others(draw, [call["name"], *STAND_INS.get(call["name"], ())], draw.rng.choice((1, 2, 3))))
 
 
 def _contact_then(draw):
@@ -206,15 +213,15 @@ def _contact_then(draw):
     first = {"name": "find_contact", "arguments": {"name": name}}
     kind = draw.rng.choice(("weather", "local_time", "send_message"))
     if kind == "send_message":
-        text = draw.pick(SAY)
+        text = draw.say()
         second = {"name": kind, "arguments": {"to": contact["email"], "text": text}}
-        user = draw.rng.choice([f"Send {name} the text {text}", f"Write {text} to {name}"]) if draw.split == "train" else f"Let {name} know: {text}"
+        user = draw.rng.choice([f"Send {name} the text {text}", f"Write {text} to {name}"]) if not draw.test else f"Send {name} a message: {text}"
         last, need = f"I sent it to {contact['email']}.", "the email"
     else:
         second = {"name": kind, "arguments": {"city": contact["city"]}}
         noun = {"weather": "weather", "local_time": "time"}[kind]
         user = (draw.rng.choice([f"What is the {noun} where {name} lives?", f"Tell me the {noun} at the home of {name}"])
-                if draw.split == "train" else f"I am visiting {name}, what is the {noun} there?")
+                if not draw.test else f"What is the {noun} at the home of {name}?")
         result = TOOLS[kind].function(contact["city"])
         now = f"{result['sky']} with {result['celsius']} degrees" if kind == "weather" else result
         last, need = f"It is {now} in {contact['city']}.", "the city"
@@ -224,10 +231,10 @@ def _contact_then(draw):
 
 def _book_then(draw):
     """Book a table, then cancel it by the code that booking returned."""
-    restaurant, people = draw.pick(PLACE), draw.number(2, 12)
+    restaurant, people = draw.place(), draw.number(2, 12)
     code = ToolBox().functions["book_table"](restaurant=restaurant, people=people)["code"]
     user = (draw.rng.choice([f"Book {restaurant} for {people} and cancel it again", f"Reserve {restaurant} for {people}, then cancel that booking"])
-            if draw.split == "train" else f"Get a table for {people} at {restaurant} and then drop it")
+            if not draw.test else f"Book a table for {people} at {restaurant}, then cancel that booking")
     calls = [{"name": "book_table", "arguments": {"restaurant": restaurant, "people": people}}, {"name": "cancel_booking", "arguments": {"code": code}}]
     return user, calls, (f"I book {restaurant} first, which gives a code.", "The code lets me cancel it with cancel_booking."), f"Booking {code} is cancelled.", {}
 
@@ -239,13 +246,13 @@ def _date_then(draw):
     first = {"name": "add_days", "arguments": {"date": date, "days": days}}
     if draw.rng.random() < 0.5:
         user = (draw.rng.choice([f"Which weekday is {days} days after {date}?", f"Add {days} days to {date} and tell me the weekday"])
-                if draw.split == "train" else f"Starting at {date}, what weekday comes {days} days later?")
+                if not draw.test else f"What weekday is {days} days after {date}?")
         second = {"name": "weekday", "arguments": {"date": later}}
         thoughts = ("First the date, with add_days.", "Now weekday for that date.")
         return user, [first, second], thoughts, f"{later} is a {TOOLS['weekday'].function(later)}.", {}
-    thing = draw.pick(THING)
+    thing = draw.thing()
     user = (draw.rng.choice([f"Remind me of the {thing} {days} days after {date}", f"Set a reminder, {thing}, {days} days from {date}"])
-            if draw.split == "train" else f"Don't let me forget {thing} {days} days after {date}")
+            if not draw.test else f"Set a reminder about {thing} {days} days after {date}")
     second = {"name": "add_reminder", "arguments": {"text": thing, "date": later}}
     return user, [first, second], ("I need the date first, add_days gives it.", f"Now the reminder for {thing}."), f"I will remind you on {later}.", {}
 

@@ -166,12 +166,12 @@ def local_time(city):
     return f"{digest('hour', city) % 24:02d}:{digest('minute', city) % 60:02d}"
 
 
-def stock_price(symbol):
-    return {"symbol": symbol, "price": digest("stock", symbol) % 50_000 / 100}
+def stock_price(company):
+    return {"company": company, "price": digest("stock", company) % 50_000 / 100}
 
 
-def translate(word, language):
-    return word.lower() + ENDINGS[language]
+def translate(words, language):
+    return words.lower() + ENDINGS[language]
 
 
 def play_music(artist):
@@ -200,7 +200,7 @@ def add_reminder(state, text, date):
 def book_table(state, restaurant, people):
     if not 1 <= people <= 50:
         raise ValueError("people must be between 1 and 50")
-    code = f"B{digest('book', restaurant, people, len(state.get('bookings', {}))) % 9000 + 1000}"
+    code = f"B{digest('book', restaurant, people, len(state.get('bookings', {}))) % 90 + 10}"
     state.setdefault("bookings", {})[code] = [restaurant, people]
     return {"code": code}
 
@@ -238,8 +238,8 @@ TOOLS = {tool.name: tool for tool in (
     Tool("weekday", "day of the week of a date", {"date": STRING}, weekday),
     Tool("weather", "current weather in a city", {"city": STRING}, weather),
     Tool("local_time", "current time in a city", {"city": STRING}, local_time),
-    Tool("stock_price", "price of a stock symbol", {"symbol": STRING}, stock_price),
-    Tool("translate", "translate a word", {"word": STRING, "language": {"type": "string", "enum": list(LANGUAGES)}}, translate),
+    Tool("stock_price", "stock price of a company", {"company": STRING}, stock_price),
+    Tool("translate", "translate words", {"words": STRING, "language": {"type": "string", "enum": list(LANGUAGES)}}, translate),
     Tool("play_music", "play songs of an artist", {"artist": STRING}, play_music),
     Tool("find_contact", "city and email of a person", {"name": STRING}, find_contact, True),
     Tool("send_message", "send a text to an address", {"to": STRING, "text": STRING}, send_message, True),
