@@ -772,7 +772,8 @@ def update(model, optimizer, batch, advantages, weight, cfg):
                                        cfg.temperature, shared)
             logp = logp.flatten(0, 1)  # (n, T)
             micro = policy_loss(logp, logp_old, advantages[rows], weight[rows, :T], mask, scale[rows], cfg.clip)
-            micro.backward()
+            with sharing(model) if shared else nullcontext():  # gradient checkpointing forwards again in here
+                micro.backward()
             with torch.no_grad():
                 log_ratio, sign = (logp - logp_old)[mask], advantages[rows].sign()[:, None].expand_as(mask)[mask]
                 loss += micro.detach()

@@ -121,13 +121,12 @@ REQUESTS = {
                        ["I want to cancel booking {code}"]),
 }
 
-THOUGHTS = ("The user wants the {what}. {tool} can do this.", "This needs {tool}, which gives the {what}.", "I should call {tool} for the {what}.",
-            "They ask for the {what}, so {tool} fits best here.", "Looking at the tools, {tool} handles this.",
-            "To answer I need the {what}; the tool for it is {tool}.", "One call of {tool} is enough.", "{tool} is the right tool for this.")
-PARALLEL = ("There are {n} requests here, I call a tool for each.", "I need {n} calls, first the {what}.", "The user wants {n} things, that makes {n} calls.",
-            "These are {n} calls at once.")
-NO_TOOL = ("None of the tools can do this.", "The user asks for the {what}, which no tool here offers.", "I have no tool for the {what}.",
-           "Looking at the tools, nothing fits.")
+# a thought says first what is needed, then what follows from it: OPENING + NEED + one of USE, NO_TOOL, SEVERAL
+OPENING = ("", "", "Okay. ", "Let me see. ", "Well. ", "Hm. ", "Fine. ")
+NEED = ("The user wants the {what}", "They ask for the {what}", "This is about the {what}", "I need the {what}", "It asks for the {what}")
+USE = (". {tool} can do this.", ", so I call {tool}.", " and {tool} gives it.", ". I use {tool} here.", ", that is {tool}.", ". The tool is {tool}.")
+NO_TOOL = (". No tool can do this.", ", which no tool here offers.", " and nothing here fits.", ". I have no tool for it.")
+SEVERAL = (" and more, {n} calls in all.", ". That is one of {n} calls.", ", as the first of {n} things.")
 REFUSALS = ("Sorry, I have no tool for that.", "I cannot do that with my tools.", "None of my tools can help with this.")
 
 
@@ -146,8 +145,9 @@ WHAT = {"calculator": "result", "convert_units": "conversion", "convert_currency
         "send_message": "message", "add_reminder": "reminder", "book_table": "table", "cancel_booking": "cancellation"}
 
 
-def _think(draw, call):
-    return draw.rng.choice(THOUGHTS).format(tool=call["name"], what=WHAT[call["name"]])
+def _think(draw, call, then, **words):
+    text = "".join(draw.rng.choice(part) for part in (OPENING, NEED, then))
+    return text.format(tool=call["name"], what=WHAT[call["name"]], **words)
 
 
 def _row(draw, category, user, gold, demo, names, state=None):
@@ -179,7 +179,7 @@ def _contact(draw, name):
 def _simple(draw, category="simple", distractors=(0, 1)):
     call, user = request(draw, draw.rng.choice(list(TOOLS)))
     names = [call["name"], *_others(draw, [call["name"]], draw.rng.choice(distractors))]
-    return _row(draw, category, user, [[call]], [{"think": _think(draw, call), "response": None}], names, _state_for(draw, [call]))
+    return _row(draw, category, user, [[call]], [{"think": _think(draw, call, USE), "response": None}], names, _state_for(draw, [call]))
 
 
 def _multiple(draw):
@@ -195,13 +195,13 @@ def _parallel(draw):
         requests = [request(draw, name) for name in chosen]
     calls, users = zip(*requests)
     user = (" And also, " if draw.test else draw.rng.choice((" And ", " Also, ", " Then "))).join(users)
-    think = draw.rng.choice(PARALLEL).format(n=n, what=WHAT[calls[0]["name"]])
+    think = _think(draw, calls[0], SEVERAL, n=n)
     return _row(draw, "parallel", user, [list(calls)], [{"think": think, "response": None}], names, _state_for(draw, calls))
 
 
 def _irrelevance(draw):
     call, user = request(draw, draw.rng.choice(list(TOOLS)))
-    think = draw.rng.choice(NO_TOOL).format(what=WHAT[call["name"]])
+    think = _think(draw, call, NO_TOOL)
     return _row(draw, "irrelevance", user, [[]], [{"think": think, "response": draw.rng.choice(REFUSALS)}],
                 _others(draw, [call["name"], *STAND_INS.get(call["name"], ())], draw.rng.choice((1, 2, 3))))
 

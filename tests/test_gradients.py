@@ -1,0 +1,486 @@
+"""The gradient that rest.update feeds the optimiser, against a float64 implementation written from the equations with loops, one
+completion at a time; and what the loss must not depend on. Where a test pins a pitfall, the broken variant is shown to fail."""
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import llama, qwen3
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import rest
+from rest import NAME, PARAMS, SCAFFOLD, TAG, TEXT, THOUGHT
+
+P, G, T, V = 3, 4, 9, 40
+AGGREGATIONS = ("sequence", "token", "constant")
+
+
+def gpt2():
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=64, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+                                      initializer_range=0.3)).eval()
+
+
+MODELS = {"qwen3: GQA, tied": lambda: qwen3(V), "qwen3: untied": lambda: qwen3(V, tie=False, kv=4), "llama: one kv head": lambda: llama(V), "gpt2": gpt2}
+
+
+class Recorder:
+    """An optimiser that keeps the gradient it is given and changes nothing (or, with rate, takes a plain SGD step)."""
+    param_groups = []
+
+    def __init__(self, model, rate=0.0):
+        self.model, self.rate, self.grads = model, rate, []
+
+    def zero_grad(self, set_to_none=True):
+        self.model.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def step(self):
+        parameters = list(self.model.parameters())
+        self.grads.append(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]))
+        for p in parameters:
+            p -= 0 if p.grad is None else self.rate * p.grad
+
+
+def make_batch(model, seed=0, temperature=0.7, off_policy=0.3):
+    """A Rollout of random tokens: ragged prompts and lengths, a forced stretch inside some rows, behaviour logps off by up to `off_policy`,
+    so that some ratios are clipped; with regions, touched masks and advantages. One group has advantage 0."""
+    g = torch.Generator().manual_seed(seed)
+    prompts = [torch.randint(0, V, (n,), generator=g).tolist() for n in (5, 2, 7)]
+    length = torch.randint(3, T + 1, (P * G,), generator=g)
+    length[0] = T
+    tokens = torch.randint(0, V, (P * G, T), generator=g)
+    inside = torch.arange(T) < length[:, None]
+    sampled = inside & ~((torch.arange(T) >= 2) & (torch.arange(T) < 4) & (torch.arange(P * G) % 3 == 1)[:, None])
+    tokens = torch.where(inside, tokens, 0)
+    with torch.no_grad():
+        logp = torch.stack([reference_logp(model, prompts[i // G], tokens[i], temperature)[0] for i in range(P * G)]).float()
+    logp = torch.where(sampled, logp + off_policy * (2 * torch.rand(logp.shape, generator=g) - 1), 0.0)
+    entropy = torch.where(sampled, 2 * torch.rand(logp.shape, generator=g), 0.0)
+    region = torch.where(sampled, torch.randint(0, 6, logp.shape, generator=g), -1)
+    extra = torch.randint(0, 6, logp.shape, generator=g)
+    touched = torch.where(sampled, (1 << region.clamp(min=0)) | (1 << extra), 0)
+    advantages = torch.randn(P * G, generator=g)
+    advantages[G:2 * G] = 0
+    batch = rest.Rollout([{}] * P, prompts, G, tokens, sampled, logp, entropy, length, torch.zeros(P * G, dtype=torch.bool), None, None)
+    return batch, region, touched, advantages
+
+
+def reference_logp(model, prompt, tokens, temperature):
+    """logp [T] and probabilities [T, V] of tokens behind a prompt: one unpadded row, whole float64 softmax."""
+    ids = torch.tensor(prompt + tokens.tolist())[None]
+    logits = model(input_ids=ids, use_cache=False).logits[0].double() / temperature
+    log_p = torch.log_softmax(logits, -1)[len(prompt) - 1:-1]
+    return torch.stack([log_p[t, x] for t, x in enumerate(tokens.tolist())]), log_p.exp()
+
+
+def reference_weights(method, batch, region, touched, step, steps, a=0.5, low=0.2, high=5.0, floor=0.05):
+    """METHOD.md section 4 with loops over Python floats."""
+    where = [(i, t) for i in range(P * G) for t in range(T) if batch.sampled[i, t]]
+    w = {}
+    if method in ("grpo", "dr-grpo"):
+        w = {it: 1.0 for it in where}
+    elif method == "top-entropy":
+        count = max(1, round(0.2 * len(where)))
+        least = sorted((float(batch.entropy[it]) for it in where), reverse=True)[count - 1]
+        w = {it: float(float(batch.entropy[it]) >= least) for it in where}
+    elif method == "rest-official":
+        clock = 0.6 + 0.002 * step
+        table = {TAG: 1.0, NAME: 1.2, PARAMS: min(1.2, clock), THOUGHT: min(1.0, clock), SCAFFOLD: 0.0, TEXT: 0.0}
+        w = {it: max(table[r] for r in range(6) if int(touched[it]) >> r & 1) for it in where}
+    else:
+        def family(r):
+            return TAG if r == SCAFFOLD else r
+        members = {r: [float(batch.entropy[it]) for it in where if family(int(region[it])) == r] for r in (TAG, NAME, PARAMS, THOUGHT, TEXT)}
+        raw = {r: 1 / (1 - math.exp(-max(floor, sum(h) / len(h)))) for r, h in members.items()}
+        mean = sum(raw[family(int(region[it]))] for it in where) / len(where)
+        nu = 0.0 if method == "rest-static" else step / steps
+        raw = {r: x / mean for r, x in raw.items()}
+        raw[TAG] = max(low, raw[TAG] - a * nu)
+        raw[PARAMS] = min(high, raw[PARAMS] + a * nu)
+        raw[THOUGHT] = 0.0 if method == "no-thought" else min(high, raw[THOUGHT] + a * nu)
+        w = {it: raw[family(int(region[it]))] for it in where}
+    out = torch.zeros(P * G, T, dtype=torch.float64)
+    for i in range(P * G):
+        row = [w[i, t] for t in range(T) if (i, t) in w]
+        if method == "rest-official":
+            row = [x for x in row if x > 0]
+        total = sum(row) / max(1, len(row))
+        for t in range(T):
+            if (i, t) in w and total > 0:
+                out[i, t] = w[i, t] / total
+    return out
+
+
+def reference_gradient(model, batch, advantages, weight, cfg):
+    """The objective's gradient, float64, flat: one completion, one token at a time."""
+    model = copy.deepcopy(model).double()
+    N, loss = P * G, 0.0
+    for i in range(N):
+        n = int(batch.length[i])
+        logp, _ = reference_logp(model, batch.prompts[i // G], batch.tokens[i, :n], cfg.temperature)
+        T_i, own = int(batch.sampled[i].sum()), 0.0
+        for t in range(n):
+            if batch.sampled[i, t]:
+                rho, A = torch.exp(logp[t] - batch.logp[i, t].double()), advantages[i].double()
+                own = own + weight[i, t] * torch.min(rho * A, torch.clamp(rho, 1 - cfg.clip, 1 + cfg.clip) * A)
+        loss = loss - own / {"sequence": N * T_i, "constant": N * cfg.max_completion_tokens, "token": weight.sum()}[cfg.aggregation]
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()]), loss.item()
+
+
+def gradient(model, batch, advantages, weight, cfg):
+    recorder = Recorder(model)
+    metrics = rest.update(model, recorder, batch, advantages, weight, cfg)
+    return recorder.grads[-1], metrics
+
+
+def config(**kwargs):
+    return rest.Config(**{"prompts": P, "group": G, "max_completion_tokens": 12, "temperature": 0.7, "max_grad_norm": 1e9, "steps": 10, **kwargs})
+
+
+def close(a, b, tolerance=2e-5):
+    return float((a.double() - b.double()).norm() / b.double().norm()) < tolerance
+
+
+# ----------------------------------------------------------------------------------------------------- against the equations
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("method", rest.METHODS)
+def test_gradient_and_loss_follow_the_equations(method, aggregation):
+    """Every method and aggregation, at progress 0.4: weights, loss and gradient of the real update equal the float64 reference (relative
+    error below 2e-5, float32 rounding), with ragged prompts, forced tokens, clipped ratios and T != 1."""
+    model, cfg = qwen3(V), config(method=method, aggregation=aggregation)
+    batch, region, touched, advantages = make_batch(model)
+    weight, _ = rest.token_weights(region, touched, batch.entropy, batch.sampled, cfg, step=4)
+    expected = reference_weights(method, batch, region, touched, 4, 10)
+    assert torch.allclose(weight.double(), expected, atol=1e-5)
+    g, metrics = gradient(model, batch, advantages, weight, cfg)
+    reference, loss = reference_gradient(model, batch, advantages, expected, cfg)
+    assert close(g, reference) and metrics["loss"] == pytest.approx(loss, rel=1e-4)
+
+
+def test_weights_average_one_in_every_completion():
+    """Per-completion mean 1 over sampled tokens; over the positively weighted ones for rest-official; 0 outside."""
+    for method in rest.METHODS:
+        batch, region, touched, _ = make_batch(qwen3(V))
+        weight, _ = rest.token_weights(region, touched, batch.entropy, batch.sampled, config(method=method), step=7)
+        assert (weight[~batch.sampled] == 0).all() and (weight >= 0).all()
+        for row, mask in zip(weight, batch.sampled):
+            kept = row[mask & (row > 0)] if method == "rest-official" else row[mask]
+            if row.sum() > 0:
+                assert float(kept.mean()) == pytest.approx(1.0, abs=1e-5), method
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_equal_weights_are_grpo_bit_for_bit(aggregation):
+    """When all regions have the same entropy and there is no curriculum, rest's weights are exactly 1.0 and its gradient is grpo's, bit for bit."""
+    model = qwen3(V)
+    batch, region, touched, advantages = make_batch(model)
+    even = torch.where(batch.sampled, 0.75, 0.0)  # sums of 0.75 are exact
+    weights = [rest.token_weights(region, touched, even, batch.sampled, config(method=m), step=5)[0] for m in ("rest-static", "grpo")]
+    assert torch.equal(*weights) and set(weights[0].unique().tolist()) == {0.0, 1.0}
+    a, b = (gradient(model, batch, advantages, w, config(method=m, aggregation=aggregation))[0] for w, m in zip(weights, ("rest-static", "grpo")))
+    assert torch.equal(a, b)
+
+
+def test_on_policy_the_gradient_is_reinforce():
+    """logp_old = logp: the ratio is exactly 1, the loss is -sum scale w A, its gradient is that of -sum scale w A log p."""
+    g = torch.Generator().manual_seed(0)
+    logp, mask = torch.randn(6, 5, generator=g).requires_grad_(), torch.rand(6, 5, generator=g) > 0.3
+    A, w, scale = torch.randn(6, generator=g), torch.rand(6, 5, generator=g), torch.rand(6, generator=g)
+    loss = rest.policy_loss(logp, logp.detach(), A, w, mask, scale, 0.2)
+    loss.backward()
+    coefficient = -(scale * A)[:, None] * w * mask
+    assert torch.allclose(logp.grad, coefficient, rtol=1e-6) and loss.item() == pytest.approx(float(coefficient.sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_with_the_samplers_logps_the_ratio_is_one(tokenizer, shared):
+    """Pitfall 5. Right after the rollout, at T = 0.7, the ratio is 1 within 1e-5; scored at T = 1 (the broken variant) it is not."""
+    from conftest import ROW
+    model = qwen3()
+    batch = rest.rollout(model, tokenizer, [ROW, {**ROW, "tools": []}], config(max_completion_tokens=24), seed=1)
+    for temperature, same in ((0.7, True), (1.0, False)):
+        logp, _ = rest.completion_logps(model, batch.prompts, batch.tokens.view(2, G, -1), temperature, shared)
+        error = (logp.flatten(0, 1) - batch.logp)[batch.sampled].exp().sub(1).abs().max()
+        assert (error < 1e-5) == same
+
+
+def test_clipping_zeroes_exactly_the_right_tokens():
+    """Gradient is 0 where A > 0 and ratio > 1 + eps, or A < 0 and ratio < 1 - eps; everywhere else it is -scale w A ratio."""
+    ratio = torch.tensor([0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 2.0]).repeat(2, 1)
+    A, old = torch.tensor([1.5, -1.5]), torch.full((2, 7), -1.0)
+    logp = (old + ratio.log()).requires_grad_()
+    rest.policy_loss(logp, old, A, torch.ones(2, 7), torch.ones(2, 7, dtype=torch.bool), torch.ones(2), 0.2).backward()
+    dead = torch.stack([ratio[0] > 1.2, ratio[1] < 0.8])
+    assert torch.equal(logp.grad == 0, dead) and torch.allclose(logp.grad[~dead], (-A[:, None] * ratio)[~dead], rtol=1e-5)
+
+
+def test_nothing_but_logp_carries_gradient_and_inputs_stay():
+    """Pitfalls 9 and 10: weights, behaviour logps, advantages and entropies get no gradient; no input is written to."""
+    g = torch.Generator().manual_seed(1)
+    logp, old, w = (torch.randn(3, 4, generator=g).requires_grad_() for _ in range(3))
+    A, entropy, mask = torch.randn(3, generator=g).requires_grad_(), torch.rand(3, 4, generator=g).requires_grad_(), torch.rand(3, 4, generator=g) > 0.2
+    region = torch.randint(0, 6, (3, 4), generator=g)
+    before = [x.detach().clone() for x in (logp, old, w, A, entropy, mask, region)]
+    weight, table = rest.token_weights(region, 1 << region, entropy, mask, config(), step=3)
+    assert not weight.requires_grad and not table.requires_grad
+    rest.policy_loss(logp, old, A, w, mask, torch.ones(3), 0.2).backward()
+    assert logp.grad is not None and all(x.grad is None for x in (old, w, A, entropy))
+    assert all(torch.equal(x.detach(), y) for x, y in zip((logp, old, w, A, entropy, mask, region), before))
+
+
+def test_surprising_batches_stay_finite():
+    """Pitfalls 7 and 8: H = 0, empty regions, fully masked rows, a batch without any sampled token; and 12 equal rewards of 0.3 give exactly 0."""
+    assert torch.equal(rest.group_advantages(torch.full((1, 12), 0.3)), torch.zeros(1, 12))
+    residue = (torch.full((1, 12), 0.3) - torch.full((1, 12), 0.3).mean()) / 1e-8
+    assert residue.abs().max() > 0.5  # the broken variant: float residue over a tiny delta
+    region = torch.tensor([[0, 0, 3], [-1, -1, -1]])
+    for mask in (region >= 0, torch.zeros(2, 3, dtype=torch.bool)):
+        for method in rest.METHODS:
+            if method == "top-entropy" and not mask.any():
+                continue
+            weight, _ = rest.token_weights(region, torch.where(region >= 0, 1 << region.clamp(min=0), 0), torch.zeros(2, 3), mask, config(method=method), 2)
+            for aggregation in AGGREGATIONS:
+                scale = rest.loss_scale(mask, weight, aggregation, 8)
+                loss = rest.policy_loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2), weight, mask, scale, 0.2)
+                assert weight.isfinite().all() and loss.isfinite()
+
+
+# ------------------------------------------------------------------------------------------------- which positions are trained
+
+def test_forced_and_padding_positions_get_exactly_no_gradient_and_the_end_token_does():
+    """Pitfalls 1, 2 and 4 on the logits of a model whose pad id is its end id. d loss/d logits is 0 at every forced or padding position,
+    not 0 at every sampled one, the end token included; row t - 1 of the logits answers for token t. Broken variants: masking by the pad id
+    kills the end token, an inverted or missing mask trains forced tokens, a shift trains the neighbour."""
+    model, end = qwen3(V), 0  # padding is filled with 0: pad == eos
+    batch, _, _, advantages = make_batch(model, off_policy=0.0)
+    for i in range(P * G):
+        batch.tokens[i, batch.length[i] - 1] = end
+    weight = rest.normalise_weights(torch.ones(P * G, T), batch.sampled)
+    ids, scale = batch.tokens.view(P, G, T), rest.loss_scale(batch.sampled, weight, "sequence", T)
+    kept = {}
+
+    def keep(module, args, output):
+        output.retain_grad()
+        kept["logits"] = output
+    with torch.no_grad():
+        old = rest.completion_logps(model, batch.prompts, ids, 0.7, shared=False)[0].flatten(0, 1)
+    advantages = torch.where(advantages == 0, 1.0, advantages)
+
+    def trained(mask):
+        handle = model.lm_head.register_forward_hook(keep)
+        logp = rest.completion_logps(model, batch.prompts, ids, 0.7, shared=False)[0].flatten(0, 1)
+        handle.remove()
+        rest.policy_loss(logp, old, advantages, weight, mask, scale, 0.2).backward()
+        return kept["logits"].grad[:, -T - 1:-1].abs().sum(-1) > 0
+    assert torch.equal(trained(batch.sampled), batch.sampled)
+    last = batch.length - 1
+    assert trained(batch.sampled)[torch.arange(P * G), last].all()
+    assert not trained(batch.sampled & (batch.tokens != end))[torch.arange(P * G), last].any()
+    weight = torch.ones(P * G, T)
+    assert not torch.equal(trained(~batch.sampled), batch.sampled) and not torch.equal(trained(torch.ones_like(batch.sampled)), batch.sampled)
+    assert not torch.equal(trained(batch.sampled.roll(1, 1)), batch.sampled)
+    forced = (~batch.sampled & (torch.arange(T) < batch.length[:, None])).nonzero()[0]
+    other = ids.clone().flatten(0, 1)
+    other[forced[0], forced[1]] = (other[forced[0], forced[1]] + 1) % V
+    changed = rest.completion_logps(model, batch.prompts, other.view(P, G, T), 0.7, shared=True)[0].flatten(0, 1)
+    assert not torch.allclose(changed[forced[0], forced[1] + 1], old[forced[0], forced[1] + 1])  # later tokens attend to forced ones
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_logps_and_entropies_equal_the_reference(name, shared):
+    """Pitfall 4: position-dependent logits. The logps of both forwards equal the unpadded float64 reference; shifted by one they don't."""
+    model = MODELS[name]()
+    batch, *_ = make_batch(model)
+    assert rest.can_share(model)
+    logp, entropy = rest.completion_logps(model, batch.prompts, batch.tokens.view(P, G, T), 0.7, shared)
+    double = copy.deepcopy(model).double()
+    for i in range(P * G):
+        n = int(batch.length[i])
+        expected, p = reference_logp(double, batch.prompts[i // G], batch.tokens[i, :n], 0.7)
+        mine = logp.flatten(0, 1)[i, :n].double()
+        assert torch.allclose(mine, expected, atol=1e-4) and not torch.allclose(mine[1:], expected[:-1], atol=1e-2)
+        assert torch.allclose(entropy.flatten(0, 1)[i, :n].double(), -(p * p.log()).sum(-1), atol=1e-4)
+
+
+# --------------------------------------------------------------------------------------- what the gradient must not depend on
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_micro_batches_do_not_change_the_gradient(aggregation):
+    """Pitfall 6. Budgets from one completion a forward to all at once: the same gradient within 1e-5. Dividing by each micro-batch's own sums, as
+    the authors' code does, changes it by more than 1%."""
+    model = qwen3(V)
+    batch, region, touched, advantages = make_batch(model)
+    weight, _ = rest.token_weights(region, touched, batch.entropy, batch.sampled, config(), 4)
+    whole, _ = gradient(model, batch, advantages, weight, config(aggregation=aggregation, micro_batch_tokens=10**6))
+    for budget in (1, 20, 30, 60):
+        assert close(gradient(model, batch, advantages, weight, config(aggregation=aggregation, micro_batch_tokens=budget))[0], whole, 1e-5)
+    wrong = 0
+    for rows in (range(0, 4), range(8, 12)):  # the broken variant: denominators of the micro-batch
+        rows = list(rows)
+        scale = rest.loss_scale(batch.sampled[rows], weight[rows], "token", 12) / 2
+        logp = rest.completion_logps(model, [batch.prompts[rows[0] // G]], batch.tokens[rows].view(1, G, T), 0.7, True)[0].flatten(0, 1)
+        model.zero_grad()
+        rest.policy_loss(logp, batch.logp[rows], advantages[rows], weight[rows], batch.sampled[rows], scale, 0.2).backward()
+        wrong = wrong + torch.cat([p.grad.flatten() for p in model.parameters()])
+    right, _ = gradient(model, batch, advantages, weight, config(aggregation="token"))
+    assert not close(wrong, right, 1e-2)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_shared_prefix_checkpointing_and_padding_do_not_change_the_gradient(name):
+    """The shared forward, gradient checkpointing, and columns of padding behind the completions each leave the gradient as it was (relative error 1e-5)."""
+    model = MODELS[name]()
+    batch, region, touched, advantages = make_batch(model)
+    weight, _ = rest.token_weights(region, touched, batch.entropy, batch.sampled, config(), 4)
+    plain, _ = gradient(model, batch, advantages, weight, config(shared_prefix=False))
+    assert close(gradient(model, batch, advantages, weight, config())[0], plain, 1e-5)
+    wide = copy.copy(batch)
+    wide.tokens, wide.sampled, wide.logp, wide.entropy = (torch.nn.functional.pad(x, (0, 5)) for x in (batch.tokens, batch.sampled, batch.logp, batch.entropy))
+    assert close(gradient(model, wide, advantages, torch.nn.functional.pad(weight, (0, 5)), config())[0], plain, 1e-5)
+    model.gradient_checkpointing_enable()
+    model.train()
+    assert close(gradient(model, batch, advantages, weight, config())[0], plain, 1e-5)
+
+
+def test_the_order_of_samples_does_not_change_the_gradient():
+    model = qwen3(V)
+    batch, region, touched, advantages = make_batch(model)
+    weight, _ = rest.token_weights(region, touched, batch.entropy, batch.sampled, config(), 4)
+    first, _ = gradient(model, batch, advantages, weight, config())
+    groups = [2, 0, 1]
+    order = torch.tensor([p * G + g for p in groups for g in (3, 1, 0, 2)])
+    moved = copy.copy(batch)
+    moved.prompts = [batch.prompts[p] for p in groups]
+    for name in ("tokens", "sampled", "logp", "entropy", "length"):
+        setattr(moved, name, getattr(batch, name)[order])
+    weight, _ = rest.token_weights(region[order], touched[order], moved.entropy, moved.sampled, config(), 4)
+    assert close(gradient(model, moved, advantages[order], weight, config())[0], first, 1e-5)
+
+
+def test_chunked_logps_equal_whole_ones():
+    """token_logps in chunks of 3 rows equals one chunk, values and gradients, with a head and without."""
+    torch.manual_seed(0)
+    head, x, y = torch.nn.Linear(8, 50, bias=False), torch.randn(20, 8), torch.randint(0, 50, (20,))
+    for h, inputs in ((head, x), (None, torch.randn(20, 50))):
+        results = []
+        for chunk in (2**20, 150):
+            leaf = inputs.clone().requires_grad_()
+            logp, entropy = rest.token_logps(leaf, y, 0.5, h, chunk_elements=chunk)
+            (logp * torch.arange(20)).sum().backward()
+            assert not entropy.requires_grad
+            results.append((logp.detach(), entropy, leaf.grad))
+        for a, b in zip(*results):
+            assert torch.allclose(a, b, atol=1e-6)
+        log_p = torch.log_softmax((inputs @ head.weight.T if h is not None else inputs).detach() / 0.5, -1)
+        assert torch.allclose(results[0][0], log_p.gather(1, y[:, None])[:, 0], atol=1e-5)
+        assert torch.allclose(results[0][1], -(log_p.exp() * log_p).sum(-1), atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------------- update and metrics
+
+class Unigram(torch.nn.Module):
+    """A policy with the same logits everywhere, which can be enumerated."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.tensor(p).log())
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=False, logits_to_keep=0):
+        out = self.logits.expand(*input_ids.shape, -1)
+        return type("Output", (), {"logits": out[:, -logits_to_keep:]})
+
+
+def unigram_batch(old, new, counts):
+    """One prompt, one-token completions, each token as often as `old` says: averages over the batch are exact expectations."""
+    tokens = torch.tensor([k for k, n in enumerate(counts) for _ in range(n)])[:, None]
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    logp = torch.tensor(old).log()[tokens]
+    batch = rest.Rollout([{}], [[0]], len(tokens), tokens, mask, logp, torch.zeros_like(logp), torch.ones(len(tokens), dtype=torch.long),
+                         torch.zeros(len(tokens), dtype=torch.bool), None, None)
+    return Unigram(new), batch
+
+
+def test_logged_kl_and_clip_fraction_are_what_their_names_say():
+    """Pitfall 12. Behaviour (1/2, 1/4, 1/4), policy (1/2, 3/8, 1/8), every token as often as its probability: `kl` is exactly KL(behaviour || policy),
+    and with A = +1 on all the clipped share is that of the token whose ratio is 1.5. TRL-like k1 with the wrong sign would be negative."""
+    old, new = [0.5, 0.25, 0.25], [0.5, 0.375, 0.125]
+    model, batch = unigram_batch(old, new, (4, 2, 2))
+    for sign, clipped in ((1.0, 0.25), (-1.0, 0.25)):  # ratios 1, 1.5, 0.5: A > 0 clips the second, A < 0 the third
+        _, metrics = gradient(model, batch, sign * torch.ones(8), torch.ones(8, 1), config(temperature=1.0))
+        assert metrics["kl"] == pytest.approx(sum(p * math.log(p / q) for p, q in zip(old, new)), abs=1e-6)
+        assert metrics["clip_fraction"] == pytest.approx(clipped)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_non_finite_update_is_skipped_and_counted(bad):
+    model, batch = unigram_batch([0.5, 0.25, 0.25], [0.5, 0.375, 0.125], (4, 2, 2))
+    before, recorder = model.logits.detach().clone(), Recorder(model, rate=1.0)
+    metrics = rest.update(model, recorder, batch, torch.linspace(-1, 1, 8) * torch.tensor([bad] + [1.0] * 7), torch.ones(8, 1), config(passes=2))
+    assert metrics["skipped_updates"] == 2 and not recorder.grads and torch.equal(model.logits.detach(), before)
+
+
+def test_several_passes_keep_weights_and_behaviour_logps():
+    """passes=2 is two updates on the same batch, the second one off policy: its ratio differs from 1, so it is not twice the first gradient."""
+    batch, region, touched, advantages = make_batch(qwen3(V), off_policy=0.0)
+    weight, _ = rest.token_weights(region, touched, batch.entropy, batch.sampled, config(), 4)
+    two, one = qwen3(V), qwen3(V)
+    recorder, single = Recorder(two, rate=0.05), Recorder(one, rate=0.05)
+    metrics = rest.update(two, recorder, batch, advantages, weight, config(passes=2))
+    for _ in range(2):
+        last = rest.update(one, single, batch, advantages, weight, config())
+    assert torch.equal(recorder.grads[0], single.grads[0]) and torch.equal(recorder.grads[1], single.grads[1])
+    assert not close(recorder.grads[1], recorder.grads[0], 1e-3) and last["kl"] > 0
+    assert metrics["kl"] == pytest.approx(last["kl"] / 2, rel=1e-3, abs=1e-6)  # the mean over passes, the first of which has 0
+
+
+def test_gradient_norm_is_clipped():
+    model = qwen3(V)
+    batch, region, touched, advantages = make_batch(model)
+    weight = rest.normalise_weights(torch.ones(P * G, T), batch.sampled)
+    free, metrics = gradient(model, batch, advantages, weight, config())
+    clipped, again = gradient(model, batch, advantages, weight, config(max_grad_norm=0.01))
+    assert metrics["grad_norm"] == pytest.approx(float(free.norm()), rel=1e-4) == again["grad_norm"]
+    assert float(clipped.norm()) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_batch_without_signal_changes_nothing():
+    model = qwen3(V)
+    batch, *_ = make_batch(model)
+    metrics = rest.update(model, torch.optim.AdamW(model.parameters()), batch, torch.zeros(P * G), torch.ones(P * G, T), config())
+    assert metrics["loss"] == metrics["grad_norm"] == metrics["skipped_updates"] == 0
+
+
+# ------------------------------------------------------------------------------------------------------------------------ TRL
+
+@pytest.mark.parametrize("loss_type, aggregation", [("grpo", "sequence"), ("bnpo", "token"), ("dapo", "token"), ("dr_grpo", "constant")])
+def test_uniform_weights_equal_trl(loss_type, aggregation, tmp_path):
+    """With weight 1 our loss and gradient equal GRPOTrainer's on the same tensors: left-padded prompts, forced tokens as its tool_mask, clipped ratios."""
+    trl = pytest.importorskip("trl")
+    import datasets
+    from conftest import byte_tokenizer
+    model = qwen3(V)
+    batch, _, _, advantages = make_batch(model)
+    trainer = trl.GRPOTrainer(
+        model=model, reward_funcs=lambda completions, **_: [0.0] * len(completions), processing_class=byte_tokenizer(),
+        train_dataset=datasets.Dataset.from_dict({"prompt": ["a"] * 4}),
+        args=trl.GRPOConfig(output_dir=str(tmp_path), loss_type=loss_type, beta=0.0, temperature=0.7, epsilon=0.2, max_completion_length=12, num_generations=G,
+                            per_device_train_batch_size=P * G, use_cpu=True, report_to="none", bf16=False, gradient_checkpointing=False))
+    trainer.current_gradient_accumulation_steps = 1
+    ids, mask = rest.left_pad([prompt for prompt in batch.prompts for _ in range(G)], "cpu")
+    inside = (torch.arange(T) < batch.length[:, None]).long()
+    model.eval()
+    model.zero_grad()
+    loss = trainer._compute_loss(model, {
+        "prompt_ids": ids, "prompt_mask": mask.long(), "completion_ids": batch.tokens, "completion_mask": inside, "tool_mask": batch.sampled.long(),
+        "advantages": advantages, "old_per_token_logps": batch.logp, "num_items_in_batch": batch.sampled.sum()})
+    loss.backward()
+    theirs = torch.cat([p.grad.flatten() for p in model.parameters()])
+    cfg = config(method="grpo", aggregation=aggregation)
+    weight, _ = rest.token_weights(torch.zeros(P * G, T, dtype=torch.long), batch.tokens * 0, batch.entropy, batch.sampled, cfg, 0)
+    ours, metrics = gradient(model, batch, advantages, weight, cfg)
+    assert close(ours, theirs, 1e-5) and metrics["loss"] == pytest.approx(loss.item(), rel=1e-4)
