@@ -43,7 +43,7 @@ class Run:
     warm_start_batch: int = field(default=8, metadata={"help": "Rows per supervised step of a --model."})
     micro_batch: int = field(default=2, metadata={"help": "Rows per forward in a --model's supervised steps."})
     warm_start_lr: float = field(default=2e-4, metadata={"help": "Learning rate of a --model's supervised steps."})
-    noise: float = field(default=0.05, metadata={"help": "Rate of each kind of mistake in the toy demonstrations."})
+    noise: float = field(default=0.08, metadata={"help": "Rate of each kind of mistake in the toy demonstrations."})
     train_rows: int = field(default=4000, metadata={"help": "Toy tasks to train on."})
     eval_rows: int = field(default=200, metadata={"help": "Held-out toy tasks to evaluate on, before and after."})
     eval_samples: int = field(default=2, metadata={"help": "Completions sampled per held-out task."})

@@ -110,7 +110,7 @@ def test_every_tool_refuses_wrong_types_and_values_in_a_sentence():
                 call(**arguments)
     box = ToolBox().functions
     for name, arguments in {"add_days": {"date": "2025-03-14", "days": 2.5}, "book_table": {"restaurant": "Luna", "people": 0},
-                            "convert_units": {"value": 1, "source": "km", "target": "kg"}, "translate": {"word": "a", "language": "Klingon"},
+                            "convert_units": {"value": 1, "source": "km", "target": "kg"}, "translate": {"words": "a", "language": "Klingon"},
                             "convert_currency": {"amount": 1, "source": "USD", "target": "ABC"}, "find_contact": {"name": "nobody"},
                             "cancel_booking": {"code": "B1"}, "weekday": {"date": "2025-02-30"}, "add_reminder": {"text": "x", "date": "soon"}}.items():
         with pytest.raises(ValueError):
@@ -147,8 +147,8 @@ def test_lookups_are_the_same_everywhere():
     """Pinned values: a hash that depended on the process, the platform or the Python version would change them."""
     box = ToolBox().functions
     assert box["weather"](city="Oslo") == {"city": "Oslo", "sky": "windy", "celsius": 24}
-    assert box["local_time"](city="Lima") == "11:42" and box["stock_price"](symbol="ABCD") == {"symbol": "ABCD", "price": 402.77}
-    assert box["translate"](word="Bread", language="Dutch") == "breadje"
+    assert box["local_time"](city="Lima") == "11:42" and box["stock_price"](company="ABCD") == {"company": "ABCD", "price": 402.77}
+    assert box["translate"](words="Bread", language="Dutch") == "breadje"
 
 
 def test_state_belongs_to_one_episode():

@@ -23,7 +23,7 @@ from toy_tools import tasks, tools
 
 # --------------------------------------------------------------------------------------------- the embedded policy
 
-WARM_START_STEPS = 320
+WARM_START_STEPS = 400
 
 TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<response>", "</response>"]
 CHAT_TEMPLATE = (  # tools as signatures, name(param: type, ...): description, a third of the tokens that JSON schemas take
@@ -102,10 +102,10 @@ def lesson(tokenizer, rng, length=160):
     return ids[:length], mask[:length]
 
 
-def tiny_policy(seed=0, steps=WARM_START_STEPS, batch=32, learning_rate=3e-3, noise=0.05, mask_names=False, device="cpu", progress=True):
+def tiny_policy(seed=0, steps=WARM_START_STEPS, batch=32, learning_rate=3e-3, noise=0.08, mask_names=False, device="cpu", progress=True):
     """(model, tokenizer) of the embedded policy after its warm start; kept under $REST_CACHE (default ~/.cache/rest).
 
-    The warm start is `steps` // 2 steps of lessons, then `steps` of imperfect demonstrations. The cache key covers every argument, the sources
+    The warm start is 3/4 `steps` of lessons, then `steps` of imperfect demonstrations. The cache key covers every argument, the sources
     that make data and model, and the library versions."""
     sources = "".join(inspect.getsource(m) for m in (tools, tasks, inspect.getmodule(tiny_policy)))
     versions = [importlib.metadata.version(p) for p in ("torch", "transformers", "tokenizers")]
@@ -118,7 +118,7 @@ def tiny_policy(seed=0, steps=WARM_START_STEPS, batch=32, learning_rate=3e-3, no
     pairs = [(row, noisy_demonstration(row, rng, noise)) for row in rows]
     tokenizer = build_tokenizer([str(row["tools"]) + " ".join(m["content"] for m in row["messages"]) + text for row, text in pairs[:4000]])
     model = build_model(len(tokenizer), seed).to(device)
-    supervised(model, lambda step: [lesson(tokenizer, rng) for _ in range(batch // 2)], steps // 2, learning_rate, 8, "learning to copy", progress)
+    supervised(model, lambda step: [lesson(tokenizer, rng) for _ in range(batch // 2)], steps * 3 // 4, learning_rate, 8, "learning to copy", progress)
     warm_start(model, tokenizer, pairs, steps, batch, learning_rate, seed, micro_batch=8, progress=progress)
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=folder.parent))  # written beside, then renamed: an interrupted run leaves no half cache
@@ -201,7 +201,11 @@ def load_model(path, dtype=torch.float32, gradient_checkpointing=False):
         config = AutoConfig.from_pretrained(path, **kwargs)
         quantization = {"quantization_config": GgufConfig(dequantize=True)}
     else:
-        config, quantization = AutoConfig.from_pretrained(path), {}
+        try:
+            config, quantization = AutoConfig.from_pretrained(path), {}
+        except OSError as error:
+            raise FileNotFoundError(f"cannot load a model from {path}: no folder with a config.json, and no such model on the hub, or the hub "
+                                    "cannot be reached") from error
     for name, value in vars(config).items():
         if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
             setattr(config, name, 0.0)
