@@ -78,7 +78,7 @@ def curve(files, out):
         axis.set_xlabel("step")
         axis.spines[["top", "right"]].set_visible(False)
     rate.set_ylim(0, 1)
-    weight.legend(frameon=False, fontsize=8)
+    weight.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     if len(files) > 1:
         rate.legend(frameon=False, fontsize=8)
     figure.savefig(out, dpi=120)
