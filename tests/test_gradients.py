@@ -173,6 +173,14 @@ def test_weights_average_one_in_every_completion():
                 assert float(kept.mean()) == pytest.approx(1.0, abs=1e-5), method
 
 
+def test_the_curriculum_and_its_bounds():
+    """Format falls to w_min = 0.2 at most, parameters and thoughts rise to w_max = 5 at most, name and free text stay; the input is not written to."""
+    start = torch.tensor([0.6, 0.9, 1.5, 4.8, 4.6, 0.7])  # tag, scaffold, name, params, thought, text
+    for progress, end in ((0.0, [0.6, 0.9, 1.5, 4.8, 4.6, 0.7]), (0.2, [0.5, 0.8, 1.5, 4.9, 4.7, 0.7]), (1.0, [0.2, 0.4, 1.5, 5.0, 5.0, 0.7])):
+        assert torch.allclose(rest.curriculum(start, progress, config()), torch.tensor(end))
+    assert start[0] == 0.6
+
+
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_equal_weights_are_grpo_bit_for_bit(aggregation):
     """When all regions have the same entropy and there is no curriculum, rest's weights are exactly 1.0 and its gradient is grpo's, bit for bit."""
@@ -406,11 +414,11 @@ def unigram_batch(old, new, counts):
 
 
 def test_logged_kl_and_clip_fraction_are_what_their_names_say():
-    """Pitfall 12. Behaviour (1/2, 1/4, 1/4), policy (1/2, 3/8, 1/8), every token as often as its probability: `kl` is exactly KL(behaviour || policy),
-    and with A = +1 on all the clipped share is that of the token whose ratio is 1.5. TRL-like k1 with the wrong sign would be negative."""
-    old, new = [0.5, 0.25, 0.25], [0.5, 0.375, 0.125]
-    model, batch = unigram_batch(old, new, (4, 2, 2))
-    for sign, clipped in ((1.0, 0.25), (-1.0, 0.25)):  # ratios 1, 1.5, 0.5: A > 0 clips the second, A < 0 the third
+    """Pitfall 12. Behaviour (4, 3, 1)/8, policy (4, 1, 3)/8, every token as often as its probability: `kl` is exactly KL(behaviour || policy); with A = +1 on all
+    the clipped share is that of the token whose ratio is 3, with A = -1 that of the token whose ratio is 1/3."""
+    old, new = [0.5, 0.375, 0.125], [0.5, 0.125, 0.375]
+    model, batch = unigram_batch(old, new, (4, 3, 1))
+    for sign, clipped in ((1.0, 1 / 8), (-1.0, 3 / 8)):
         _, metrics = gradient(model, batch, sign * torch.ones(8), torch.ones(8, 1), config(temperature=1.0))
         assert metrics["kl"] == pytest.approx(sum(p * math.log(p / q) for p, q in zip(old, new)), abs=1e-6)
         assert metrics["clip_fraction"] == pytest.approx(clipped)
