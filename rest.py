@@ -83,7 +83,7 @@ class Config:
     aggregation: str = field(default="", metadata={"help": "sequence, token or constant; empty: the method's own (dr-grpo: constant)."})
     passes: int = field(default=1, metadata={"help": "Optimiser steps on each rollout batch."})
     micro_batch_tokens: int = field(default=4096, metadata={"help": "Tokens per forward; changes memory and speed, not the gradient."})
-    learning_rate: float = field(default=4e-4, metadata={"help": "Peak learning rate of AdamW."})
+    learning_rate: float = field(default=4e-4, metadata={"help": "Peak learning rate of AdamW; for a real --model about 1e-6."})
     warmup_steps: int = field(default=5, metadata={"help": "Steps of linear warm-up; then linear decay to a tenth of the peak."})
     weight_decay: float = field(default=0.0, metadata={"help": "AdamW weight decay."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient norm is clipped to this."})

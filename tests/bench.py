@@ -1,6 +1,6 @@
 """Speed and memory of one ResT step against TRL's GRPOTrainer (optional part trl, transformers backend) and plain `generate`:
 
-    python tests/bench.py                      # about 5 minutes on 2 cores; writes results/bench.csv, prints a Markdown table
+    python tests/bench.py                      # about 12 minutes on 2 cores; writes results/bench.csv, prints a Markdown table
     python tests/bench.py --scaling --repeats 3
 
 Same work in all arms: same weights, dtype, prompt ids, batch, temperature and completion length (the end token lies outside the model's

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import CALL, ROW, TOOL
+from conftest import CALL, ROW
 
 import rest
 from toy_tools import data, tasks

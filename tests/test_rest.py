@@ -5,11 +5,10 @@ import random
 import time
 
 import pytest
-import torch
 from conftest import CALL, ROW, TOOL
 
 import rest
-from rest import NAME, PARAMS, SCAFFOLD, TAG, TEXT, THOUGHT, Call, CallError, MalformedCall
+from rest import NAME, PARAMS, SCAFFOLD, TAG, TEXT, THOUGHT, Call, MalformedCall
 
 
 # ------------------------------------------------------------------------------------------------------------------ configuration

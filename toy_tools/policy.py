@@ -55,7 +55,7 @@ def build_model(vocab_size, seed=0):
     torch.manual_seed(seed)
     return Qwen3ForCausalLM(Qwen3Config(
         vocab_size=vocab_size, hidden_size=160, intermediate_size=448, num_hidden_layers=3, num_attention_heads=5, num_key_value_heads=5,
-        head_dim=32, max_position_embeddings=2048, tie_word_embeddings=True, initializer_range=0.06,  # learns to copy sooner than 0.02
+        head_dim=32, max_position_embeddings=2048, tie_word_embeddings=True, initializer_range=0.06,
         bos_token_id=None, eos_token_id=2, pad_token_id=0))
 
 
@@ -91,8 +91,7 @@ def noisy_demonstration(row, rng, noise):
 def lesson(tokenizer, rng, length=160):
     """(ids, mask) of a document of requests, each followed by its call, without tools or thoughts; mask is True in calls.
 
-    Copying arguments is what a pretrained model brings and a random one learns slowest. These dense lines teach it within a minute;
-    demonstrations, of which one token in twenty is copied, would take ten."""
+    Copying arguments is what a pretrained model brings and a random one learns slowest, so it comes first, in lines that hold little else."""
     ids, mask = [], []
     while len(ids) < length:
         call, user = tasks.request(tasks.Draw(rng, "train"), rng.choice(list(tools.TOOLS)))

@@ -28,6 +28,10 @@ SAY = "see you,call me,write me,meet me,wait for me,help me".split(",")
 WHEN = "soon,today,tonight,tomorrow,at noon,after work,on Monday,next week".split(",")
 
 
+def address(name):
+    return name.lower().replace(" ", "@") + ".com"
+
+
 class Draw:
     """Random entities of one split. All their words occur in both splits, but each pair of words in one of them only."""
 
@@ -49,7 +53,7 @@ class Draw:
         return self.pair(FIRST, LAST)
 
     def email(self):
-        return self.name().lower().replace(" ", "@") + ".com"
+        return address(self.name())
 
     def city(self):
         return self.pair(AREA, CITY)
@@ -173,7 +177,7 @@ def _state_for(draw, calls):
 
 
 def _contact(draw, name):
-    return {"city": draw.city(), "email": name.lower().replace(" ", "@") + ".com"}
+    return {"city": draw.city(), "email": address(name)}
 
 
 def _simple(draw, category="simple", distractors=(0, 1)):
