@@ -70,7 +70,7 @@ class Config:
     weight_min: float = field(default=0.2, metadata={"help": "The format weight does not fall below this."})
     weight_max: float = field(default=5.0, metadata={"help": "Parameter and thought weights do not rise above this."})
     top_entropy_fraction: float = field(default=0.2, metadata={"help": "Fraction of tokens that top-entropy trains."})
-    steps: int = field(default=80, metadata={"help": "Optimisation steps; progress is step/steps."})
+    steps: int = field(default=100, metadata={"help": "Optimisation steps; progress is step/steps. 0: warm start only."})
     prompts: int = field(default=16, metadata={"help": "Prompts per step (P)."})
     group: int = field(default=8, metadata={"help": "Completions per prompt (G), at least 2."})
     max_completion_tokens: int = field(default=160, metadata={"help": "Token budget of an episode, tool results included."})
@@ -83,7 +83,7 @@ class Config:
     aggregation: str = field(default="", metadata={"help": "sequence, token or constant; empty: the method's own (dr-grpo: constant)."})
     passes: int = field(default=1, metadata={"help": "Optimiser steps on each rollout batch."})
     micro_batch_tokens: int = field(default=4096, metadata={"help": "Tokens per forward; changes memory and speed, not the gradient."})
-    learning_rate: float = field(default=4e-4, metadata={"help": "Peak learning rate of AdamW; for a real --model about 1e-6."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate of AdamW; for a real --model about 1e-6."})
     warmup_steps: int = field(default=5, metadata={"help": "Steps of linear warm-up; then linear decay to a tenth of the peak."})
     weight_decay: float = field(default=0.0, metadata={"help": "AdamW weight decay."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient norm is clipped to this."})
@@ -104,7 +104,8 @@ class Config:
         need(self.top_k == 0 and self.top_p == 1.0,
              "top_k/top_p truncate the sampling distribution, so the recorded logp would not be the one sampled from: leave them at 0 and 1.0")
         need(self.temperature > 0, f"temperature must be above 0, not {self.temperature} (greedy decoding is for evaluation only)")
-        for name in ("steps", "prompts", "max_completion_tokens", "max_turns", "passes", "micro_batch_tokens"):
+        need(self.steps >= 0, f"steps must be 0 (warm start only) or more, not {self.steps}")
+        for name in ("prompts", "max_completion_tokens", "max_turns", "passes", "micro_batch_tokens"):
             need(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
         need(self.min_entropy > 0, f"min_entropy must be above 0 nats, not {self.min_entropy}: raw weights divide by the entropy")
         need(0 < self.top_entropy_fraction <= 1, f"top_entropy_fraction must lie in (0, 1], not {self.top_entropy_fraction}")

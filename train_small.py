@@ -37,13 +37,13 @@ class Run:
     model: str = field(default="", metadata={"help": "Hub id, folder or .gguf file of a chat model; empty: the embedded 1M policy."})
     data: str = field(default="", metadata={"help": "Training rows: .jsonl, ToolRL .parquet/.json, or a hub id; empty: toy tasks."})
     device: str = field(default="", metadata={"help": "cuda, mps or cpu; empty: the first of these that is there."})
-    dtype: str = field(default="float32", metadata={"help": "Weights in float32 (with bf16 autocast on GPUs that have it) or bfloat16."})
+    dtype: str = field(default="float32", metadata={"help": "float32 (computed under bf16 autocast where the hardware has it, except small models on a CPU) or bfloat16 weights."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Less activation memory, about a third more time."})
     warm_start_steps: int = field(default=-1, metadata={"help": "Supervised steps before RL; -1: as many as the embedded policy needs, none for a --model."})
     warm_start_batch: int = field(default=8, metadata={"help": "Rows per supervised step of a --model."})
     micro_batch: int = field(default=2, metadata={"help": "Rows per forward in a --model's supervised steps."})
     warm_start_lr: float = field(default=2e-4, metadata={"help": "Learning rate of a --model's supervised steps."})
-    noise: float = field(default=0.08, metadata={"help": "Rate of each kind of mistake in the toy demonstrations."})
+    noise: float = field(default=0.18, metadata={"help": "Rate of each kind of mistake in the toy demonstrations."})
     train_rows: int = field(default=4000, metadata={"help": "Toy tasks to train on."})
     eval_rows: int = field(default=200, metadata={"help": "Held-out toy tasks to evaluate on, before and after."})
     eval_samples: int = field(default=2, metadata={"help": "Completions sampled per held-out task."})
@@ -241,7 +241,7 @@ def train(run, cfg, device):
     total = max(time.perf_counter() - started, 1e-9)
     save(folder, model, tokenizer, optimizer, cfg.steps)
     log.write_csv()
-    if test:
+    if test and cfg.steps > 0:
         after = measure(model, tokenizer, test, run, cfg, instructions, "evaluating the end")
         (folder / "after.json").write_text(json.dumps(after, indent=1))
         print(f"\nHeld-out tasks, {run.eval_samples} samples each at temperature {cfg.temperature}:\n{show.evaluation(before, after)}")
@@ -256,7 +256,8 @@ def train(run, cfg, device):
     if skipped:
         print(f"{skipped:.0f} updates were skipped because loss or gradient was not finite.")
     try:
-        show.curve([folder / "metrics.csv"], folder / "curve.png")
+        if log.rows:
+            show.curve([folder / "metrics.csv"], folder / "curve.png")
     except ImportError as missing:
         print(f"No curve.png: {missing}")
     print(f"Policy, metrics.csv and config.json are in {folder}/ (load the policy with --model {folder}/checkpoint).")

@@ -16,7 +16,7 @@ from rest import NAME, PARAMS, SCAFFOLD, TAG, TEXT, THOUGHT, Call, MalformedCall
 @pytest.mark.parametrize("bad, word", [
     ({"method": "ppo"}, "unknown method"), ({"group": 1}, "at least 2"), ({"top_k": 5}, "top_k"), ({"top_p": 0.9}, "top_p"),
     ({"temperature": 0.0}, "temperature"), ({"aggregation": "mean"}, "aggregation"), ({"raw_weight": "linear"}, "raw_weight"),
-    ({"reward_scaling": "none"}, "reward_scaling"), ({"steps": 0}, "steps"), ({"clip": 1.5}, "clip"), ({"min_entropy": 0.0}, "min_entropy")])
+    ({"reward_scaling": "none"}, "reward_scaling"), ({"steps": -1}, "steps"), ({"clip": 1.5}, "clip"), ({"min_entropy": 0.0}, "min_entropy")])
 def test_bad_configuration_is_refused_in_words(bad, word):
     with pytest.raises(ValueError, match=word):
         rest.Config(**bad)

@@ -140,6 +140,14 @@ def test_a_model_from_a_folder_trains_on_data_from_a_file(tmp_path):
     assert not torch.equal(before, weights(tmp_path / "other"))
 
 
+def test_zero_steps_make_a_start_that_several_runs_share(cache, tmp_path):
+    run(tmp_path, "--name", "start", "--steps", "0")
+    assert not (tmp_path / "start/after.json").exists() and not (tmp_path / "start/metrics.csv").exists()
+    for method in ("rest", "grpo"):
+        run(tmp_path, "--name", method, "--method", method, "--steps", "1", "--model", str(tmp_path / "start/checkpoint"))
+        assert (tmp_path / method / "before.json").read_text() == (tmp_path / "start/before.json").read_text()
+
+
 @pytest.mark.parametrize("method", rest.METHODS)
 def test_every_method_takes_a_live_and_a_single_step(cache, tmp_path, method):
     for turns in ("1", "3"):
@@ -181,10 +189,10 @@ def test_the_loop_learns_a_bandit():
 
 
 def test_demonstrations_are_imperfect_at_the_stated_rate():
-    """With noise 0 every demonstration earns the exact call; with 0.15 about half of them do."""
+    """With noise 0 every demonstration earns the exact call; with 0.18 about half of them do."""
     import random
     rows = [step for row in tasks.make_rows(300, "train", seed=5) for step in tasks.decompose(row)]
-    for noise, low, high in ((0.0, 1.0, 1.0), (0.15, 0.35, 0.6)):
+    for noise, low, high in ((0.0, 1.0, 1.0), (0.18, 0.35, 0.6)):
         rng = random.Random(0)
         exact = sum(rest.score_texts([policy.noisy_demonstration(row, rng, noise)], row)[2] for row in rows) / len(rows)
         assert low <= exact <= high

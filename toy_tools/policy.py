@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -23,7 +23,7 @@ from toy_tools import tasks, tools
 
 # --------------------------------------------------------------------------------------------- the embedded policy
 
-WARM_START_STEPS = 400
+WARM_START_STEPS = 480
 
 TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<response>", "</response>"]
 CHAT_TEMPLATE = (  # tools as signatures, name(param: type, ...): description, a third of the tokens that JSON schemas take
@@ -34,11 +34,14 @@ CHAT_TEMPLATE = (  # tools as signatures, name(param: type, ...): description, a
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
-def build_tokenizer(texts, vocab_size=1024):
-    """Byte-level BPE over `texts` with single tokens for the tags and single digits, as a transformers tokenizer with a chat template."""
+def build_tokenizer(texts, vocab_size=1536):
+    """Byte-level BPE over `texts` with single tokens for the tags, as a transformers tokenizer with a chat template.
+
+    Tokens hold at most a word (tool names are words) or two digits, so that a value has the same tokens wherever it stands."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        [pre_tokenizers.Split(Regex(r"\d{4}-\d\d|-?\d{1,2}| ?[A-Za-z_]+| ?[^\sA-Za-z_\d]+|\s+"), "isolated"),
+         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=vocab_size - len(TAGS), special_tokens=["<|pad|>", "<|im_start|>", "<|im_end|>"], show_progress=False,
@@ -60,20 +63,21 @@ def build_model(vocab_size, seed=0):
 
 
 def noisy_demonstration(row, rng, noise):
-    """The row's next turn as an imperfect demonstrator would write it: each kind of mistake with probability `noise`.
+    """The row's next turn as an imperfect demonstrator would write it.
 
-    Structure: a thought left open or left out, broken JSON, a call beside a response. Content: a wrong tool, a wrong or missing argument."""
+    Each with probability `noise`: a thought left open or left out, broken JSON, a response beside calls. Each with a third of that: a wrong
+    tool, a wrong or missing argument, a missing call."""
     calls, demo = [dict(c) for c in row["gold"][0]], row["demo"][0]
     for call in calls:
         call["arguments"] = dict(call["arguments"])
-        if rng.random() < noise:
+        if rng.random() < noise / 3:
             call["name"] = rng.choice([tool["function"]["name"] for tool in row["tools"]])
-        if rng.random() < noise and call["arguments"]:
+        if rng.random() < noise / 3 and call["arguments"]:
             key = rng.choice(list(call["arguments"]))
             value = call["arguments"].pop(key)
             if rng.random() < 0.5 and isinstance(value, str):
                 call["arguments"][key] = value[:max(1, len(value) // 2)]
-    if rng.random() < noise:
+    if rng.random() < noise / 3:
         calls = calls[:-1] if len(calls) > 1 else calls
     response = demo["response"]
     if calls and rng.random() < noise:
@@ -88,24 +92,33 @@ def noisy_demonstration(row, rng, noise):
     return text
 
 
-def lesson(tokenizer, rng, length=160):
-    """(ids, mask) of a document of requests, each followed by its call, without tools or thoughts; mask is True in calls.
+def copying(tokenizer, rng):
+    """(ids, mask) of a lesson: one request and its call, without tools, chat format or thought."""
+    call, user = tasks.request(tasks.Draw(rng, "train"), rng.choice(list(tools.TOOLS)))
+    prompt, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (user + "\n", json.dumps(call)))
+    return prompt + answer + [tokenizer.eos_token_id], [False] * len(prompt) + [True] * (len(answer) + 1)
 
-    Copying arguments is what a pretrained model brings and a random one learns slowest, so it comes first, in lines that hold little else."""
-    ids, mask = [], []
-    while len(ids) < length:
-        call, user = tasks.request(tasks.Draw(rng, "train"), rng.choice(list(tools.TOOLS)))
-        for text, trained in ((user + "\n", False), (json.dumps(call) + "\n", True)):
+
+def looking_up(tokenizer, rng, questions=12):
+    """(ids, mask) of a lesson: a list of tools, then names of tools with what a thought would say of them, there or missing."""
+    names = rng.sample(list(tools.TOOLS), rng.choice((1, 2, 3, 4)))
+    ids, _ = rest.encode_prompt(tokenizer, [{"role": "user", "content": ""}], [tools.TOOLS[name].schema() for name in names])
+    mask = [False] * len(ids)
+    for _ in range(questions):
+        there = rng.random() < 0.5
+        name = rng.choice([n for n in tools.TOOLS if (n in names) == there])
+        for text, trained in ((rng.choice(tasks.TOOL).format(tool=name), False), (rng.choice(tasks.USE if there else tasks.NO_TOOL) + "\n", True)):
             piece = tokenizer(text, add_special_tokens=False)["input_ids"]
             ids, mask = ids + piece, mask + [trained] * len(piece)
-    return ids[:length], mask[:length]
+    return ids, mask
 
 
-def tiny_policy(seed=0, steps=WARM_START_STEPS, batch=32, learning_rate=3e-3, noise=0.08, mask_names=False, device="cpu", progress=True):
+def tiny_policy(seed=0, steps=WARM_START_STEPS, batch=32, learning_rate=3e-3, noise=0.18, mask_names=False, device="cpu", progress=True):
     """(model, tokenizer) of the embedded policy after its warm start; kept under $REST_CACHE (default ~/.cache/rest).
 
-    The warm start is 3/4 `steps` of lessons, then `steps` of imperfect demonstrations. The cache key covers every argument, the sources
-    that make data and model, and the library versions."""
+    A pretrained model can copy words and see whether something is listed; a random one learns this slowest, and soonest from short texts
+    that hold nothing else. So half as many steps of lessons come first, then `steps` of imperfect demonstrations. The cache key covers
+    every argument, the sources that make data and model, and the library versions."""
     sources = "".join(inspect.getsource(m) for m in (tools, tasks, inspect.getmodule(tiny_policy)))
     versions = [importlib.metadata.version(p) for p in ("torch", "transformers", "tokenizers")]
     key = repr((sources, versions, seed, steps, batch, learning_rate, noise, mask_names))
@@ -115,9 +128,13 @@ def tiny_policy(seed=0, steps=WARM_START_STEPS, batch=32, learning_rate=3e-3, no
     rng = random.Random(seed)
     rows = [rng.choice(tasks.decompose(row)) for row in tasks.make_rows(max(2000, steps * batch), "train", seed=seed + 1, mask_names=mask_names)]
     pairs = [(row, noisy_demonstration(row, rng, noise)) for row in rows]
-    tokenizer = build_tokenizer([str(row["tools"]) + " ".join(m["content"] for m in row["messages"]) + text for row, text in pairs[:4000]])
+    plain = build_tokenizer([], 300)  # bytes, for its chat template
+    tokenizer = build_tokenizer([plain.apply_chat_template(row["messages"], tools=row["tools"], tokenize=False) + text for row, text in pairs[:4000]])
     model = build_model(len(tokenizer), seed).to(device)
-    supervised(model, lambda step: [lesson(tokenizer, rng) for _ in range(batch // 2)], steps * 3 // 4, learning_rate, 8, "learning to copy", progress)
+
+    def lessons(step):
+        return [copying(tokenizer, rng) for _ in range(batch * 3 // 2)] + [looking_up(tokenizer, rng) for _ in range(batch // 6 if step < 120 else 0)]
+    supervised(model, lessons, steps // 2, learning_rate, 18, "learning to copy", progress)
     warm_start(model, tokenizer, pairs, steps, batch, learning_rate, seed, micro_batch=8, progress=progress)
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=folder.parent))  # written beside, then renamed: an interrupted run leaves no half cache

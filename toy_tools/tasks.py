@@ -38,16 +38,18 @@ class Draw:
     def __init__(self, rng, split):
         self.rng, self.test = rng, split == "test"
 
-    def pair(self, first, second):
+    def two(self, first, second):
+        """One of each sequence, a pair of this split."""
         while True:
             i, j = self.rng.randrange(len(first)), self.rng.randrange(len(second))
             if ((i + j) % 3 == 2) == self.test:
-                return f"{first[i]} {second[j]}"
+                return first[i], second[j]
 
-    def number(self, low, high):
-        """Whole numbers; a multiple of 3 only in the test split, never in training."""
-        n = 3 * self.rng.randrange(-(-low // 3), high // 3)
-        return n if self.test else n + self.rng.choice((1, 2))
+    def pair(self, first, second):
+        return " ".join(self.two(first, second))
+
+    def number(self):
+        return self.rng.randrange(2, 100)
 
     def name(self):
         return self.pair(FIRST, LAST)
@@ -68,69 +70,79 @@ class Draw:
         return self.pair(SAY, WHEN)
 
     def date(self):
-        return f"2025-{self.rng.randrange(1, 13):02d}-{self.rng.randrange(1, 10) * 3 - (not self.test):02d}"
+        return "2025-{:02d}-{:02d}".format(*self.two(range(1, 13), range(1, 29)))
+
+    def code(self):
+        return "{}{}".format(*self.two("ABCDEFGH", range(10, 100)))
 
     def expression(self):
-        return f"{self.number(2, 99)} {self.rng.choice('+-*/')} {self.number(2, 99)}"
+        a, b = self.two(range(2, 100), range(2, 100))
+        return f"{a} {self.rng.choice('+-*/')} {b}"
 
-    def two_units(self):
-        kind = self.rng.choice(("length", "mass", "volume"))
-        return self.rng.sample([u for u in UNITS if UNITS[u][0] == kind], 2)
+    def amount(self, what, kinds):
+        """An amount of one kind, to be changed into another: {what, source, target}."""
+        n, source = self.two(range(2, 100), list(kinds))
+        return {what: n, "source": source, "target": self.rng.choice([k for k in kinds if k != source and kinds[k][0] == kinds[source][0]])}
 
 
 # --------------------------------------------------------------- one single-call request per tool: arguments, train and test phrasings
 # A phrasing is filled with the arguments, so that each value stands in the text as it stands in the call.
 
-def _two(draw, a, b, values):
-    x, y = draw.rng.sample(list(values), 2)
-    return {a: x, b: y}
-
-
 REQUESTS = {
     "calculator": (lambda d: {"expression": d.expression()},
-                   ["What is {expression}?", "Compute {expression}", "Please calculate {expression} for me"], ["Please compute {expression}"]),
-    "convert_units": (lambda d: dict(zip(("value", "source", "target"), (d.number(2, 99), *d.two_units()))),
-                      ["Convert {value} {source} to {target}", "How many {target} are {value} {source}?", "{value} {source} in {target} please"],
-                      ["Please convert {value} {source} to {target} for me"]),
-    "convert_currency": (lambda d: {"amount": d.number(2, 99), **_two(d, "source", "target", RATES)},
-                         ["Change {amount} {source} into {target}", "How many {target} do I get for {amount} {source}?", "{amount} {source} in {target} please"],
-                         ["Please change {amount} {source} into {target} for me"]),
-    "add_days": (lambda d: {"date": d.date(), "days": d.number(2, 90)},
-                 ["Which date is {days} days after {date}?", "Add {days} days to {date}", "{days} days from {date} is when?"],
-                 ["When is {days} days after {date}?"]),
-    "weekday": (lambda d: {"date": d.date()}, ["What day of the week is {date}?", "Which weekday was {date}?", "What weekday is {date}?"],
-                ["Tell me the weekday of {date}"]),
-    "weather": (lambda d: {"city": d.city()}, ["How is the weather in {city}?", "Weather in {city} now", "Tell me the weather of {city}"],
-                ["What is the weather now in {city}?"]),
-    "local_time": (lambda d: {"city": d.city()}, ["What time is it in {city}?", "Local time in {city} please", "Tell me the time of {city}"],
-                   ["What is the local time in {city}?"]),
-    "stock_price": (lambda d: {"company": d.pair(KIND, TRADE)}, ["Price of {company} stock?", "What does a {company} stock cost?", "Check the stock of {company}"],
-                    ["What is the price of a {company} stock?"]),
-    "translate": (lambda d: {"words": d.thing(), "language": d.rng.choice(LANGUAGES)},
-                  ["Translate {words} into {language}", "What is {words} in {language}?", "The {language} word for {words}?"],
-                  ["Please translate {words} into {language} for me"]),
-    "play_music": (lambda d: {"artist": d.pair(KIND, CROWD)}, ["Play something by {artist}", "Play music of {artist}", "I want to hear {artist}"],
-                   ["I want music by {artist}"]),
-    "find_contact": (lambda d: {"name": d.name()}, ["Look up {name}", "Where does {name} live?", "Find the contact of {name}"],
-                     ["Look up the contact of {name}"]),
+                   ["what is {expression}?", "compute {expression}", "calculate {expression} for me", "the result of {expression}?"],
+                   ["compute the result of {expression} for me"]),
+    "convert_units": (lambda d: d.amount("value", UNITS),
+                      ["convert {value} {source} to {target}", "how much is {value} {source} in {target}?", "{value} {source} in {target}",
+                       "I have {value} {source}, what is that in {target}?"], ["convert {value} {source} into {target} for me"]),
+    "convert_currency": (lambda d: d.amount("amount", {k: ("money", rate) for k, rate in RATES.items()}),
+                         ["change {amount} {source} into {target}", "I want {amount} {source} in {target}", "{amount} {source} in {target}",
+                          "I have {amount} {source} and want {target}"], ["change {amount} {source} to {target} for me"]),
+    "add_days": (lambda d: {"date": d.date(), "days": d.number()},
+                 ["which date is {days} days after {date}?", "add {days} days to {date}", "{days} days from {date} is when?",
+                  "when is it {date} and {days} days?"], ["when is {days} days after {date}?"]),
+    "get_weekday": (lambda d: {"date": d.date()},
+                ["what day of the week is {date}?", "which weekday was {date}?", "what weekday is {date}?", "tell me the day of {date}"],
+                ["tell me the weekday of {date}"]),
+    "get_weather": (lambda d: {"city": d.city()},
+                ["how is the weather in {city}?", "weather in {city} now", "tell me the weather of {city}", "what is the weather like in {city}?"],
+                ["what is the weather now in {city}?"]),
+    "local_time": (lambda d: {"city": d.city()},
+                   ["what time is it in {city}?", "local time in {city}", "tell me the time of {city}", "how late is it in {city} now?"],
+                   ["what is the local time in {city}?"]),
+    "stock_price": (lambda d: {"company": d.pair(KIND, TRADE)},
+                    ["price of {company} stock?", "what does a {company} stock cost?", "check the stock of {company}", "the stock price of {company} now"],
+                    ["what is the price of a {company} stock?"]),
+    "translate_words": (lambda d: {"words": d.thing(), "language": d.rng.choice(LANGUAGES)},
+                  ["translate {words} into {language}", "what is {words} in {language}?", "the {language} word for {words}?",
+                   "how do I say {words} in {language}?"], ["translate {words} to {language} for me"]),
+    "play_music": (lambda d: {"artist": d.pair(KIND, CROWD)},
+                   ["play something by {artist}", "play music of {artist}", "I want to hear {artist}", "a song by {artist}"],
+                   ["I want to hear music by {artist}"]),
+    "find_contact": (lambda d: {"name": d.name()},
+                     ["look up {name}", "where does {name} live?", "find the contact of {name}", "who is {name}?"], ["look up the contact of {name}"]),
     "send_message": (lambda d: {"to": d.email(), "text": d.say()},
-                     ["Write {text} to {to}", "Send {to} the text {text}", "Message {to}: {text}"], ["Send a message to {to}: {text}"]),
+                     ["write {text} to {to}", "send {to} the text {text}", "message {to}: {text}", "send a text to {to}, {text}"],
+                     ["send a message to {to}: {text}"]),
     "add_reminder": (lambda d: {"text": d.thing(), "date": d.date()},
-                     ["Remind me of the {text} on {date}", "On {date} remind me about {text}", "Set a reminder for {date}: {text}"],
-                     ["Set a reminder about {text} on {date}"]),
-    "book_table": (lambda d: {"restaurant": d.place(), "people": d.number(2, 12)},
-                   ["Book a table for {people} at {restaurant}", "Reserve {restaurant} for {people} people", "A table at {restaurant}, we are {people}"],
-                   ["Reserve a table at {restaurant} for {people} people"]),
-    "cancel_booking": (lambda d: {"code": f"B{d.number(10, 99)}"}, ["Cancel booking {code}", "Please cancel my booking {code}", "Drop the booking {code}"],
+                     ["remind me of the {text} on {date}", "on {date} remind me about {text}", "set a reminder for {date}: {text}",
+                      "I need a reminder of the {text} on {date}"], ["set a reminder about {text} on {date}"]),
+    "book_table": (lambda d: {"restaurant": d.place(), "people": d.rng.randrange(2, 13)},
+                   ["book a table for {people} at {restaurant}", "reserve {restaurant} for {people} people", "a table at {restaurant}, we are {people}",
+                    "get me a table at {restaurant} for {people}"], ["reserve a table at {restaurant} for {people} people"]),
+    "cancel_booking": (lambda d: {"code": d.code()},
+                       ["cancel booking {code}", "please cancel my booking {code}", "drop the booking {code}", "I do not want booking {code}, cancel it"],
                        ["I want to cancel booking {code}"]),
 }
+GREETINGS = ("", "", "", "Hi, ", "Hello, ", "Please: ")
 
-# a thought says first what is needed, then what follows from it: OPENING + NEED + one of USE, NO_TOOL, SEVERAL
+# a thought says what is wanted, which tool that takes, and what follows: OPENING + NEED + TOOL + one of USE, NO_TOOL, SEVERAL
 OPENING = ("", "", "Okay. ", "Let me see. ", "Well. ", "Hm. ", "Fine. ")
 NEED = ("The user wants the {what}", "They ask for the {what}", "This is about the {what}", "I need the {what}", "It asks for the {what}")
-USE = (". {tool} can do this.", ", so I call {tool}.", " and {tool} gives it.", ". I use {tool} here.", ", that is {tool}.", ". The tool is {tool}.")
-NO_TOOL = (". No tool can do this.", ", which no tool here offers.", " and nothing here fits.", ". I have no tool for it.")
-SEVERAL = (" and more, {n} calls in all.", ". That is one of {n} calls.", ", as the first of {n} things.")
+TOOL = (", so {tool}", ", by {tool}", ": {tool}", " and {tool}", ", that is {tool}")
+USE = (" can do this.", " gives it.", " is offered.", " works.")
+NO_TOOL = (", which is missing.", ", not offered.", ", but I lack it.", ", not here.")
+SEVERAL = (". One of {n} calls.", ". In all {n} calls.", ". The first of {n} things.")
 REFUSALS = ("Sorry, I have no tool for that.", "I cannot do that with my tools.", "None of my tools can help with this.")
 
 
@@ -144,25 +156,19 @@ def request(draw, name):
     return {"name": name, "arguments": arguments}, draw.rng.choice(test if draw.test else train).format(**arguments)
 
 
-WHAT = {"calculator": "result", "convert_units": "conversion", "convert_currency": "exchange", "add_days": "later date", "weekday": "day of the week",
-        "weather": "weather", "local_time": "time", "stock_price": "price", "translate": "translation", "play_music": "music", "find_contact": "contact",
+WHAT = {"calculator": "result", "convert_units": "conversion", "convert_currency": "exchange", "add_days": "later date", "get_weekday": "day of the week",
+        "get_weather": "weather", "local_time": "time", "stock_price": "price", "translate_words": "translation", "play_music": "music", "find_contact": "contact",
         "send_message": "message", "add_reminder": "reminder", "book_table": "table", "cancel_booking": "cancellation"}
 
 
 def _think(draw, call, then, **words):
-    text = "".join(draw.rng.choice(part) for part in (OPENING, NEED, then))
+    text = "".join(draw.rng.choice(part) for part in (OPENING, NEED, TOOL, then))
     return text.format(tool=call["name"], what=WHAT[call["name"]], **words)
 
 
 def _row(draw, category, user, gold, demo, names, state=None):
-    names = list(names)
-    draw.rng.shuffle(names)
-    return {"messages": [{"role": "user", "content": user}], "tools": [TOOLS[n].schema() for n in names], "gold": gold, "category": category,
+    return {"messages": [{"role": "user", "content": draw.rng.choice(GREETINGS) + user}], "tools": [TOOLS[n].schema() for n in names], "gold": gold, "category": category,
             "state": state or {}, "demo": demo}
-
-
-def _others(draw, used, k):
-    return draw.rng.sample([n for n in TOOLS if n not in used], k)
 
 
 def _state_for(draw, calls):
@@ -180,34 +186,31 @@ def _contact(draw, name):
     return {"city": draw.city(), "email": address(name)}
 
 
-def _simple(draw, category="simple", distractors=(0, 1)):
-    call, user = request(draw, draw.rng.choice(list(TOOLS)))
-    names = [call["name"], *_others(draw, [call["name"]], draw.rng.choice(distractors))]
+def _single(draw, names, category="simple"):
+    call, user = request(draw, draw.rng.choice(names))
     return _row(draw, category, user, [[call]], [{"think": _think(draw, call, USE), "response": None}], names, _state_for(draw, [call]))
 
 
-def _multiple(draw):
-    return _simple(draw, "multiple", (2, 3))
+def _multiple(draw, names):
+    return _single(draw, names, "multiple")
 
 
-def _parallel(draw):
-    names = draw.rng.sample(list(TOOLS), 2)
-    n = draw.rng.choice((2, 2, 3))
-    chosen = (names * 2)[:n] if draw.rng.random() < 0.5 else [names[0]] * n
+def _parallel(draw, names):
+    first, second = draw.rng.sample(names, 2)
+    chosen = draw.rng.choice(([first, second], [first, second], [first, first], [first, second, first]))
     requests = [request(draw, name) for name in chosen]
     while any(a[0] == b[0] for i, a in enumerate(requests) for b in requests[:i]):  # the same call twice is no task
         requests = [request(draw, name) for name in chosen]
     calls, users = zip(*requests)
-    user = (" And also, " if draw.test else draw.rng.choice((" And ", " Also, ", " Then "))).join(users)
-    think = _think(draw, calls[0], SEVERAL, n=n)
+    user = (", and " if draw.test else draw.rng.choice((" and ", ", also ", ", then "))).join(users)
+    think = _think(draw, calls[0], SEVERAL, n=len(calls))
     return _row(draw, "parallel", user, [list(calls)], [{"think": think, "response": None}], names, _state_for(draw, calls))
 
 
-def _irrelevance(draw):
-    call, user = request(draw, draw.rng.choice(list(TOOLS)))
+def _irrelevance(draw, names):
+    call, user = request(draw, draw.rng.choice([n for n in TOOLS if not {n, *STAND_INS.get(n, ())} & set(names)]))
     think = _think(draw, call, NO_TOOL)
-    return _row(draw, "irrelevance", user, [[]], [{"think": think, "response": draw.rng.choice(REFUSALS)}],
-                _others(draw, [call["name"], *STAND_INS.get(call["name"], ())], draw.rng.choice((1, 2, 3))))
+    return _row(draw, "irrelevance", user, [[]], [{"think": think, "response": draw.rng.choice(REFUSALS)}], names)
 
 
 def _contact_then(draw):
@@ -215,19 +218,20 @@ def _contact_then(draw):
     name = draw.name()
     contact = _contact(draw, name)
     first = {"name": "find_contact", "arguments": {"name": name}}
-    kind = draw.rng.choice(("weather", "local_time", "send_message"))
+    kind = draw.rng.choice(("get_weather", "local_time", "send_message"))
     if kind == "send_message":
         text = draw.say()
         second = {"name": kind, "arguments": {"to": contact["email"], "text": text}}
-        user = draw.rng.choice([f"Send {name} the text {text}", f"Write {text} to {name}"]) if not draw.test else f"Send {name} a message: {text}"
+        user = draw.rng.choice([f"send {name} the text {text}", f"write {text} to {name}"]) if not draw.test else f"send a message to {name}: {text}"
         last, need = f"I sent it to {contact['email']}.", "the email"
     else:
         second = {"name": kind, "arguments": {"city": contact["city"]}}
-        noun = {"weather": "weather", "local_time": "time"}[kind]
-        user = (draw.rng.choice([f"What is the {noun} where {name} lives?", f"Tell me the {noun} at the home of {name}"])
-                if not draw.test else f"What is the {noun} at the home of {name}?")
+        noun = {"get_weather": "weather", "local_time": "time"}[kind]
+        user = (draw.rng.choice([f"what is the {noun} where {name} lives?", f"tell me the {noun} at the home of {name}", f"what is the {noun} near {name}?",
+                                 f"how is the {noun} at the home of {name}?"])
+                if not draw.test else f"what is the {noun} at the home of {name}?")
         result = TOOLS[kind].function(contact["city"])
-        now = f"{result['sky']} with {result['celsius']} degrees" if kind == "weather" else result
+        now = f"{result['sky']} with {result['celsius']} degrees" if kind == "get_weather" else result
         last, need = f"It is {now} in {contact['city']}.", "the city"
     thoughts = (f"First I look up {name} to get {need}.", f"Now I have {need}, {kind} can use it.")
     return user, [first, second], thoughts, last, {"contacts": {name: contact}}
@@ -235,28 +239,29 @@ def _contact_then(draw):
 
 def _book_then(draw):
     """Book a table, then cancel it by the code that booking returned."""
-    restaurant, people = draw.place(), draw.number(2, 12)
+    restaurant, people = draw.place(), draw.rng.randrange(2, 13)
     code = ToolBox().functions["book_table"](restaurant=restaurant, people=people)["code"]
-    user = (draw.rng.choice([f"Book {restaurant} for {people} and cancel it again", f"Reserve {restaurant} for {people}, then cancel that booking"])
-            if not draw.test else f"Book a table for {people} at {restaurant}, then cancel that booking")
+    user = (draw.rng.choice([f"book {restaurant} for {people} and cancel it again", f"reserve {restaurant} for {people}, then cancel that booking"])
+            if not draw.test else f"book a table for {people} at {restaurant}, then cancel that booking")
     calls = [{"name": "book_table", "arguments": {"restaurant": restaurant, "people": people}}, {"name": "cancel_booking", "arguments": {"code": code}}]
     return user, calls, (f"I book {restaurant} first, which gives a code.", "The code lets me cancel it with cancel_booking."), f"Booking {code} is cancelled.", {}
 
 
 def _date_then(draw):
     """Find a date, then its weekday or a reminder for it."""
-    date, days = draw.date(), draw.number(2, 90)
+    date, days = draw.date(), draw.number()
     later = TOOLS["add_days"].function(date, days)
     first = {"name": "add_days", "arguments": {"date": date, "days": days}}
     if draw.rng.random() < 0.5:
-        user = (draw.rng.choice([f"Which weekday is {days} days after {date}?", f"Add {days} days to {date} and tell me the weekday"])
-                if not draw.test else f"What weekday is {days} days after {date}?")
-        second = {"name": "weekday", "arguments": {"date": later}}
-        thoughts = ("First the date, with add_days.", "Now weekday for that date.")
-        return user, [first, second], thoughts, f"{later} is a {TOOLS['weekday'].function(later)}.", {}
+        user = (draw.rng.choice([f"which weekday is {days} days after {date}?", f"add {days} days to {date} and tell me the weekday",
+                                 f"what weekday is it {days} days from {date}?"])
+                if not draw.test else f"what weekday is {days} days after {date}?")
+        second = {"name": "get_weekday", "arguments": {"date": later}}
+        thoughts = ("First the date, with add_days.", "Now get_weekday for that date.")
+        return user, [first, second], thoughts, f"{later} is a {TOOLS['get_weekday'].function(later)}.", {}
     thing = draw.thing()
-    user = (draw.rng.choice([f"Remind me of the {thing} {days} days after {date}", f"Set a reminder, {thing}, {days} days from {date}"])
-            if not draw.test else f"Set a reminder about {thing} {days} days after {date}")
+    user = (draw.rng.choice([f"remind me of the {thing} {days} days after {date}", f"set a reminder, {thing}, {days} days from {date}"])
+            if not draw.test else f"set a reminder about {thing} {days} days after {date}")
     second = {"name": "add_reminder", "arguments": {"text": thing, "date": later}}
     return user, [first, second], ("I need the date first, add_days gives it.", f"Now the reminder for {thing}."), f"I will remind you on {later}.", {}
 
@@ -264,11 +269,13 @@ def _date_then(draw):
 def _multi_turn(draw):
     user, calls, thoughts, last, state = draw.rng.choice((_contact_then, _book_then, _date_then))(draw)
     names = [c["name"] for c in calls]
+    names += draw.rng.sample([n for n in TOOLS if n not in names], draw.rng.choice((0, 1)))
+    draw.rng.shuffle(names)
     demo = [{"think": t, "response": None} for t in thoughts] + [{"think": "All is done, I can answer.", "response": last}]
-    return _row(draw, "multi_turn", user, [[calls[0]], [calls[1]], []], demo, names + _others(draw, names, draw.rng.choice((0, 1))), state)
+    return _row(draw, "multi_turn", user, [[calls[0]], [calls[1]], []], demo, names, state)
 
 
-MAKERS = {"simple": _simple, "multiple": _multiple, "parallel": _parallel, "irrelevance": _irrelevance, "multi_turn": _multi_turn}
+SINGLE_TURN = {"simple": (_single, (1, 2)), "multiple": (_multiple, (3, 4)), "parallel": (_parallel, (2,)), "irrelevance": (_irrelevance, (1, 2, 3))}
 
 
 def make_rows(n, split="train", seed=0, categories=CATEGORIES, mask_names=False):
@@ -282,7 +289,11 @@ def make_rows(n, split="train", seed=0, categories=CATEGORIES, mask_names=False)
     for i in range(n):
         category = categories[i % len(categories)]
         rng = random.Random(f"{split}-{seed}-{category}-{i}")
-        row = MAKERS[category](Draw(rng, split))
+        if category == "multi_turn":
+            row = _multi_turn(Draw(rng, split))
+        else:
+            make, sizes = SINGLE_TURN[category]
+            row = make(Draw(rng, split), rng.sample(list(TOOLS), rng.choice(sizes)))
         rows.append(masked(row, rng) if mask_names else row)
     return rows
 

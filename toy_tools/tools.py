@@ -200,7 +200,8 @@ def add_reminder(state, text, date):
 def book_table(state, restaurant, people):
     if not 1 <= people <= 50:
         raise ValueError("people must be between 1 and 50")
-    code = f"B{digest('book', restaurant, people, len(state.get('bookings', {}))) % 90 + 10}"
+    number = digest("book", restaurant, people, len(state.get("bookings", {})))
+    code = f"{'ABCDEFGH'[number % 8]}{number // 8 % 90 + 10}"
     state.setdefault("bookings", {})[code] = [restaurant, people]
     return {"code": code}
 
@@ -235,11 +236,11 @@ TOOLS = {tool.name: tool for tool in (
     Tool("convert_units", "convert length, mass or volume", {"value": NUMBER, "source": STRING, "target": STRING}, convert_units),
     Tool("convert_currency", "convert money", {"amount": NUMBER, "source": STRING, "target": STRING}, convert_currency),
     Tool("add_days", "the date some days after a date", {"date": STRING, "days": INTEGER}, add_days),
-    Tool("weekday", "day of the week of a date", {"date": STRING}, weekday),
-    Tool("weather", "current weather in a city", {"city": STRING}, weather),
+    Tool("get_weekday", "day of the week of a date", {"date": STRING}, weekday),
+    Tool("get_weather", "current weather in a city", {"city": STRING}, weather),
     Tool("local_time", "current time in a city", {"city": STRING}, local_time),
     Tool("stock_price", "stock price of a company", {"company": STRING}, stock_price),
-    Tool("translate", "translate words", {"words": STRING, "language": {"type": "string", "enum": list(LANGUAGES)}}, translate),
+    Tool("translate_words", "translate words", {"words": STRING, "language": {"type": "string", "enum": list(LANGUAGES)}}, translate),
     Tool("play_music", "play songs of an artist", {"artist": STRING}, play_music),
     Tool("find_contact", "city and email of a person", {"name": STRING}, find_contact, True),
     Tool("send_message", "send a text to an address", {"to": STRING, "text": STRING}, send_message, True),
