@@ -88,6 +88,7 @@ class Config:
     weight_decay: float = field(default=0.0, metadata={"help": "AdamW weight decay."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient norm is clipped to this."})
     shared_prefix: bool = field(default=True, metadata={"help": "Forward each prompt once per group, not once per completion."})
+    cuda_graph: bool = field(default=True, metadata={"help": "On a GPU, capture the decoding step as a CUDA graph and replay it."})
     tool_timeout: float = field(default=2.0, metadata={"help": "Seconds a tool may take before the model reads a time-out."})
     seed: int = field(default=0, metadata={"help": "Seed of data order and sampling."})
 
@@ -378,7 +379,7 @@ def rollout(model, tokenizer, rows, cfg, seed=0, group=None, greedy=False, toolb
     shared = cfg.shared_prefix and can_share(model)
     model.eval()
     with sharing(model) if shared else nullcontext(), autocast(model) or nullcontext():
-        decoder = (SharedDecoder if shared else PlainDecoder)(model, prompts, G, T)
+        decoder = (SharedDecoder if shared else PlainDecoder)(model, prompts, G, T, cfg.cuda_graph)
         slots, width = list(range(N)), decoder.groups  # slot -> episode (N: none); `width` slots to a group
         slot_rows, logits = torch.arange(N, device=device), decoder.prefill()
         for t in range(T):
@@ -420,7 +421,7 @@ def rollout(model, tokenizer, rows, cfg, seed=0, group=None, greedy=False, toolb
                 break
             if left < alive:
                 slot_rows = torch.tensor(slots, device=device)
-            if left <= 0.75 * len(slots):  # drop finished groups, and narrow the rest to the fullest one
+            if left <= decoder.shrink * len(slots):  # drop finished groups, and narrow the rest to the fullest one
                 groups = [slots[a:a + width] for a in range(0, len(slots), width)]
                 keep = [k for k, g in enumerate(groups) if any(i < N for i in g)]
                 new = max(sum(i < N for i in groups[k]) for k in keep)

@@ -125,16 +125,25 @@ def test_a_forced_thought_opening_is_no_decision_of_the_policy(tokenizer):
 MODELS = {"qwen3": qwen3, "untied, no GQA": lambda: qwen3(tie=False, kv=4), "llama": llama}
 
 
+def often_ending(model, tokenizer):
+    """The model with its end token likely in about one step of eight, so that rows end at different times."""
+    def hook(module, inputs, logits):
+        end = logits.max(-1).values - 4 + 6 * (logits[..., 25:31:2] > logits[..., 26:32:2]).all(-1)
+        return logits.index_copy(-1, torch.tensor([tokenizer.eos_token_id]), end[..., None])
+    model.lm_head.register_forward_hook(hook)
+    return model
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_shared_and_plain_decoding_sample_the_same(tokenizer, name):
     """Ragged prompts, left padding, finished rows leaving: same tokens; logps, entropies and a fresh forward agree within 1e-4 (float32)."""
-    model, rows = MODELS[name](), [ROW, LONG, {**LONG, "tools": []}]
+    model, rows = often_ending(MODELS[name](), tokenizer), [ROW, LONG, {**LONG, "tools": []}]
     assert rest.can_share(model)
-    model.lm_head.weight.data[tokenizer.eos_token_id] += 0.3 * model.lm_head.weight.data.std()  # rows end at different times
     cfg = config(group=4, max_completion_tokens=40, temperature=0.7)
     a = rest.rollout(model, tokenizer, rows, cfg, seed=3)
     b = rest.rollout(model, tokenizer, rows, config(group=4, max_completion_tokens=40, temperature=0.7, shared_prefix=False), seed=3)
     assert torch.equal(a.tokens, b.tokens) and torch.equal(a.sampled, b.sampled) and a.texts == b.texts
+    assert len(set(a.length.tolist())) > 3
     assert torch.allclose(a.logp, b.logp, atol=1e-4) and torch.allclose(a.entropy, b.entropy, atol=1e-4)
     for shared in (True, False):
         logp, entropy = rest.completion_logps(model, a.prompts, a.tokens.view(3, 4, -1), 0.7, shared)
@@ -142,6 +151,62 @@ def test_shared_and_plain_decoding_sample_the_same(tokenizer, name):
         assert torch.allclose(entropy.flatten(0, 1)[a.sampled], a.entropy[a.sampled], atol=1e-4)
     wrong = rest.completion_logps(model, a.prompts, a.tokens.view(3, 4, -1), 1.0, True)[0].flatten(0, 1)  # pitfall 5: T forgotten
     assert (wrong[a.sampled] - a.logp[a.sampled]).abs().max() > 0.01
+
+
+class Graphed(rest.SharedDecoder):
+    """Decodes as it would from a CUDA graph, but runs the static step instead of replaying it: fixed shapes, fixed buffers, captured anew by `select`."""
+    captures = 0
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.graphed, self.shrink = True, 0.5
+
+    def capture(self, ids, t):
+        Graphed.captures += 1
+        self.layout.column, ids, position = torch.full((1,), t), ids.clone(), self.position.clone()
+        shapes = set()
+
+        def replay(new_ids, t):
+            ids.copy_(new_ids)
+            self.layout.column.fill_(t)
+            logits = self.static_step(ids, position)
+            shapes.update((logits.shape, self.layout.own[0][0].data_ptr()))
+            assert len(shapes) == 2
+            return logits
+        return replay
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_static_step_that_a_graph_holds_decodes_the_same(tokenizer, name, monkeypatch):
+    model, rows = often_ending(MODELS[name](), tokenizer), [ROW, LONG, {**LONG, "tools": []}]
+    cfg = config(group=4, max_completion_tokens=40, temperature=0.7)
+    a = rest.rollout(model, tokenizer, rows, cfg, seed=3)
+    monkeypatch.setattr(rest, "SharedDecoder", Graphed)
+    monkeypatch.setattr(Graphed, "captures", 0)
+    b = rest.rollout(model, tokenizer, rows, cfg, seed=3)
+    assert Graphed.captures > 1  # rows left, and the step was captured for those that stayed
+    assert torch.equal(a.tokens, b.tokens) and torch.equal(a.sampled, b.sampled)
+    assert torch.allclose(a.logp, b.logp, atol=1e-4) and torch.allclose(a.entropy, b.entropy, atol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU there is nothing to capture")
+def test_a_step_that_cannot_be_captured_is_decoded_eagerly(tokenizer, monkeypatch, caplog):
+    model, cfg = qwen3(), config(max_completion_tokens=20)
+    a = rest.rollout(model, tokenizer, [ROW, LONG], cfg, seed=3)
+    monkeypatch.setattr(Graphed, "capture", rest.SharedDecoder.capture)
+    monkeypatch.setattr(rest, "SharedDecoder", Graphed)
+    b = rest.rollout(model, tokenizer, [ROW, LONG], cfg, seed=3)
+    assert torch.equal(a.tokens, b.tokens) and torch.equal(a.logp, b.logp) and caplog.text.count("without a CUDA graph") == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_graph_and_eager_decoding_sample_the_same_on_a_gpu(tokenizer):
+    model, cfg = qwen3().cuda().bfloat16(), {"group": 4, "max_completion_tokens": 40}
+    a, b = (rest.rollout(model, tokenizer, [ROW, LONG], config(**cfg, cuda_graph=g), seed=3) for g in (True, False))
+    assert not getattr(model, "_rest_no_graph", False)
+    assert float((a.tokens == b.tokens).float().mean()) > 0.9  # a rounding may tip a sample, and what follows it
+    same = (a.tokens == b.tokens).cumprod(1).bool() & a.sampled
+    assert torch.allclose(a.logp[same], b.logp[same], atol=0.1)
 
 
 def test_who_leaves_the_batch_does_not_change_what_others_sample(tokenizer):

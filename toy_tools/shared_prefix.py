@@ -46,19 +46,22 @@ class PackedLayout:
 class DecodeLayout:
     """Keys and values while decoding: the prompt's once per group, [P, Hkv, Lp, D], each completion's own, [P*G, Hkv, T, D].
 
-    It plays both parts that transformers knows: the cache (`update`) and, through shared_attention, the attention pattern."""
+    It plays both parts that transformers knows: the cache (`update`) and, through shared_attention, the attention pattern. `column`, if set,
+    is the step as a tensor int64 [1]: every tensor then keeps its shape from step to step, as a CUDA graph needs, and columns to come are masked."""
 
     def __init__(self, prompt_mask, group, length):
         self.prompt, self.prompt_mask, self.group, self.length, self.step = [], prompt_mask, group, length, None
-        self.own, self.packed = [], PackedLayout(prompt_mask, 0, 0)
+        self.own, self.packed, self.column = [], PackedLayout(prompt_mask, 0, 0), None
         self.bias = torch.zeros(prompt_mask.shape, device=prompt_mask.device).masked_fill(~prompt_mask, -torch.inf)  # (P, Lp)
 
     def update(self, k, v, layer, *args, **kwargs):
         if self.step is None:  # prefill
             shape = (k.shape[0] * self.group, k.shape[1], self.length, k.shape[3])
             self.prompt.append((k, v))
-            self.own.append((v.new_empty(shape, dtype=k.dtype), v.new_empty(shape)))
+            self.own.append((k.new_zeros(shape), v.new_zeros(shape)))
             return k, v
+        if self.column is not None:
+            return tuple(own.index_copy_(2, self.column, new) for own, new in zip(self.own[layer], (k, v)))
         for own, new in zip(self.own[layer], (k, v)):
             own[:, :, self.step] = new[:, :, 0]
         return tuple(own[:, :, :self.step + 1] for own in self.own[layer])
@@ -75,7 +78,10 @@ class DecodeLayout:
         grouped = q.view(P, G, Hkv, R, D).transpose(1, 2).reshape(P, Hkv, G * R, D)
         to_prompt = grouped @ kp.transpose(2, 3) + self.bias[:, None, None]  # (P, Hkv, G*R, Lp)
         to_prompt = to_prompt.view(P, Hkv, G, R, -1).transpose(1, 2).reshape(S, Hkv, R, -1)
-        p = torch.cat([to_prompt, q @ k.transpose(2, 3)], -1).float().softmax(-1).to(v.dtype)  # (S, Hkv, R, Lp+t+1)
+        to_own = q @ k.transpose(2, 3)  # (S, Hkv, R, t+1)
+        if self.column is not None:
+            to_own = to_own.masked_fill(torch.arange(self.length, device=q.device) > self.column, -torch.inf)
+        p = torch.cat([to_prompt, to_own], -1).float().softmax(-1).to(v.dtype)  # (S, Hkv, R, Lp+t+1)
         Lp = kp.shape[2]
         shared = p[..., :Lp].reshape(P, G, Hkv, R, Lp).transpose(1, 2).reshape(P, Hkv, G * R, Lp) @ vp
         shared = shared.view(P, Hkv, G, R, D).transpose(1, 2).reshape(S, Hkv, R, D)
@@ -122,7 +128,9 @@ def left_pad(prompts, device):
 class PlainDecoder:
     """Decoding with the model's own attention and cache, each prompt repeated G times. The reference path, and the fallback."""
 
-    def __init__(self, model, prompts, group, length):
+    shrink = 0.75
+
+    def __init__(self, model, prompts, group, length, graph=False):
         self.model, self.cache, self.groups = model, None, 1
         self.ids, self.mask = (x.repeat_interleave(group, 0) for x in left_pad(prompts, next(model.parameters()).device))
 
@@ -146,12 +154,14 @@ class PlainDecoder:
 
 
 class SharedDecoder:
-    """Decoding with each prompt's keys and values kept once per group (DecodeLayout)."""
+    """Decoding with each prompt's keys and values kept once per group (DecodeLayout). On CUDA a step is captured as a graph and replayed."""
 
-    def __init__(self, model, prompts, group, length):
-        self.model, self.groups = model, group
+    def __init__(self, model, prompts, group, length, graph=True):
+        self.model, self.groups, self.replay = model, group, None
         self.ids, self.mask = left_pad(prompts, next(model.parameters()).device)
         self.layout = DecodeLayout(self.mask, group, length)
+        self.graphed = graph and self.ids.is_cuda and not getattr(model, "_rest_no_graph", False)
+        self.shrink = 0.5 if self.graphed else 0.75  # rows leave when so few are left: each time costs a capture
 
     def forward(self, ids, position_ids):
         hidden = self.model.base_model(input_ids=ids, position_ids=position_ids, past_key_values=self.layout, use_cache=True,
@@ -164,11 +174,46 @@ class SharedDecoder:
 
     def step(self, ids, t):
         self.layout.step = t
-        return self.forward(ids[:, None], self.position[:, None] + t)
+        if self.graphed and self.replay is None:
+            try:
+                self.replay = self.capture(ids, t)
+            except RuntimeError as error:
+                log.warning("decoding without a CUDA graph (slower, same results): %s", error)
+                self.graphed, self.model._rest_no_graph, self.layout.column = False, True, None
+        return self.replay(ids, t) if self.graphed else self.forward(ids[:, None], self.position[:, None] + t)
+
+    def static_step(self, ids, position):
+        """A step whose tensors all keep their shapes and addresses: what a graph can hold. ids, position int64 [S]."""
+        return self.forward(ids[:, None], (position + self.layout.column)[:, None])
+
+    def capture(self, ids, t):
+        """replay(ids, t) -> logits, for the rows that are there now. Raises RuntimeError if it cannot be captured, or differs from the eager step."""
+        expected = self.forward(ids[:, None], self.position[:, None] + t)
+        self.layout.column, ids, position = torch.full((1,), t, device=ids.device), ids.clone(), self.position.clone()
+        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        # under autocast a graph must not hold casts of weights that live outside it
+        precision = torch.autocast("cuda", torch.get_autocast_dtype("cuda"), enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False)
+        side.wait_stream(torch.cuda.current_stream())
+        with precision:
+            with torch.cuda.stream(side):  # warm-up, outside the graph
+                self.static_step(ids, position)
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(graph):
+                logits = self.static_step(ids, position)
+
+        def replay(new_ids, t):
+            ids.copy_(new_ids)
+            self.layout.column.fill_(t)
+            graph.replay()
+            return logits.clone()
+        error = float((replay(ids, t) - expected).abs().max() / expected.abs().max())
+        if not error < (1e-4 if expected.dtype == torch.float32 else 5e-2):
+            raise RuntimeError(f"the captured step differs from the eager one by {error:.1e}")
+        return replay
 
     def select(self, groups, slots, group):
         self.layout.select(groups, slots, group)
-        self.position = self.position[slots]
+        self.position, self.replay, self.layout.column = self.position[slots], None, None  # other shapes: captured anew
 
 
 def can_share(model):
