@@ -2,6 +2,8 @@
 
     python tests/bench.py                      # about 12 minutes on 2 cores; writes results/bench.csv, prints a Markdown table
     python tests/bench.py --scaling --repeats 3
+    python tests/bench.py --device cuda --dtype bfloat16 --size 135m --shapes 300x128x8x64 --arms ours eager generate
+    python tests/bench.py --device cuda --dtype bfloat16 --size 0.6b --shapes 300x128x8x16 --arms ours trl
 
 Same work in all arms: same weights, dtype, prompt ids, batch, temperature and completion length (the end token lies outside the model's
 vocabulary, so that every completion takes its full length), random rewards that differ within every group, fused AdamW, and arms that take
@@ -9,12 +11,17 @@ turns. Each arm is run once before the clock starts. Shapes are PROMPTxCOMPLETIO
 trailing `r` makes completions end early, at the same ragged lengths in every arm (rollouts only).
 
   ours      rest.rollout, rest.token_weights, rest.update, with each prompt shared by its group
+  eager     the same without a CUDA graph (GPU only)
   plain     the same without sharing (--shared_prefix False): the model's own attention and cache
   generate  model.generate on the same prompts (rollout only)
   trl       GRPOTrainer, beta 0, the whole batch in one micro-batch (--trl-micro-batch for less)
 
 Peak memory is that of two steps in a fresh process above what is held before them (model, imports, trainer): resident memory on a CPU,
-torch.cuda.max_memory_allocated on a GPU."""
+torch.cuda.max_memory_allocated on a GPU.
+
+Below the table: the rollout against the time it takes to read the weights and all keys and values once per token at the read bandwidth measured
+in this run, and the update against this run's matmul rate (6 FLOPs per parameter and token, the output layer on completions only, attention
+left out)."""
 
 import argparse
 import csv
@@ -37,16 +44,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
+from transformers import (GenerationConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessor, PreTrainedTokenizerFast, PrinterCallback, Qwen3Config,
+                          Qwen3ForCausalLM, TrainerCallback)
 
 import rest
 from toy_tools.policy import build_model, load_model
 
-ARMS = ("ours", "plain", "generate", "trl")
+ARMS = ("ours", "eager", "plain", "generate", "trl")
 SHAPES = ["200x96x8x16", "700x80x8x8", "200x96x8x16r"]
 SCALING = ([f"200x96x{g}x8" for g in (2, 4, 8, 16)] + [f"{n}x96x8x8" for n in (100, 400, 800, 1600)] + [f"200x96x8x{p}" for p in (2, 4, 16, 32)])
 FIELDS = ("shape", "arm", "repeat", "rollout_s", "update_s", "step_s", "tokens", "peak_mib", "parameters", "device", "dtype", "threads")
 LEARNING_RATE, MEAN_LENGTH = 1e-5, 0.4  # ragged completions end at a token with probability 1 / (MEAN_LENGTH * COMPLETION)
+
+
+SIZES = {  # random weights in the shape of
+    "1m": lambda: build_model(1024),  # the embedded policy
+    "135m": lambda: LlamaForCausalLM(LlamaConfig(  # SmolLM2-135M
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+        max_position_embeddings=8192, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None)),
+    "0.6b": lambda: Qwen3ForCausalLM(Qwen3Config(  # Qwen3-0.6B
+        vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
+        head_dim=128, max_position_embeddings=8192, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None))}
 
 
 def parse_shape(text):
@@ -74,7 +92,8 @@ class Setting:
 
     def model(self):
         dtype = getattr(torch, self.args.dtype)
-        model = load_model(self.args.model, dtype)[0] if self.args.model else build_model(1024).to(dtype)
+        torch.manual_seed(0)
+        model = load_model(self.args.model, dtype)[0] if self.args.model else SIZES[self.args.size]().to(dtype)
         model.generation_config = GenerationConfig(eos_token_id=getattr(self, "eos", None), pad_token_id=0)
         return model.to(self.args.device).eval()
 
@@ -102,7 +121,7 @@ class RaggedEnds(LogitsProcessor):
         return scores.masked_fill(ends[:, None] & scores.isfinite(), -torch.inf).nan_to_num(posinf=0.0)
 
 
-def make_ours(setting, shared=True):
+def make_ours(setting, shared=True, graph=True):
     """step(repeat) -> {rollout_s, update_s, tokens} of rest.py."""
     model = setting.model()
     if setting.ragged:  # a constant chance of the end token, whatever the weights say
@@ -114,7 +133,7 @@ def make_ours(setting, shared=True):
             return logits
         rest.can_share(model)
         model.get_output_embeddings().register_forward_hook(end_sometimes)
-    cfg = rest.Config(prompts=setting.prompts, group=setting.group, max_completion_tokens=setting.length, shared_prefix=shared,
+    cfg = rest.Config(prompts=setting.prompts, group=setting.group, max_completion_tokens=setting.length, shared_prefix=shared, cuda_graph=graph,
                       temperature=setting.args.temperature, learning_rate=LEARNING_RATE,
                       **({"micro_batch_tokens": setting.args.micro_batch_tokens} if setting.args.micro_batch_tokens else {}))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
@@ -202,7 +221,7 @@ def make_trl(setting):
     return step
 
 
-MAKERS = {"ours": make_ours, "plain": lambda setting: make_ours(setting, shared=False), "generate": make_generate, "trl": make_trl}
+MAKERS = {"ours": make_ours, "eager": lambda setting: make_ours(setting, graph=False), "plain": lambda setting: make_ours(setting, shared=False), "generate": make_generate, "trl": make_trl}
 
 
 def resident(peak):
@@ -237,6 +256,44 @@ def spread(values, digits=2):
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
 
 
+def fastest(work, args, repeats=10):
+    """Seconds of the fastest of some runs of work()."""
+    times = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        work()
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times[2:])
+
+
+def limits(setting, found):
+    """A sentence for each of our arms: its share of what memory (rollout) and matrix units (update) allow, both measured here."""
+    args, model = setting.args, setting.model()
+    big = torch.ones(2**28 if args.device == "cuda" else 2**26, device=args.device)  # 1 GiB or 256 MiB of float32
+    bandwidth = big.numel() * 4 / fastest(big.sum, args)
+    dtype = torch.bfloat16 if rest.autocast(model) else getattr(torch, args.dtype)
+    n = 8192 if args.device == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=args.device).to(dtype) for _ in range(2))
+    rate, c, lines = 2 * n**3 / fastest(lambda: a @ b, args), model.config, []
+    head = model.get_output_embeddings().weight
+    body = sum(p.numel() for p in model.parameters() if p.shape != head.shape)  # no embeddings
+    per_token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * dtype.itemsize  # bytes of keys and values
+    lines.append(f"This run measured {bandwidth / 1e9:.0f} GB/s of reading and {rate / 1e12:.2f} TFLOP/s of {str(dtype)[6:]} matmul.")
+    for shape, arm in dict.fromkeys((row["shape"], row["arm"]) for row in found):
+        rows = [row for row in found if (row["shape"], row["arm"]) == (shape, arm)]
+        if arm not in ("ours", "eager") or "update_s" not in rows[0]:
+            continue
+        prompt, length, group, prompts, _ = parse_shape(shape)
+        read = length * ((body + head.numel()) * head.element_size() + per_token * prompts * (prompt + group * length / 2))
+        flops = 6 * (body * prompts * (prompt + group * length) + head.numel() * prompts * group * length)
+        rollout, update = (statistics.median(row[key] for row in rows) for key in ("rollout_s", "update_s"))
+        lines.append(f"{shape} {arm}: rollout at {read / bandwidth / rollout:.0%} of the bandwidth bound, update at {flops / update / rate:.0%} of the "
+                     "matmul rate.")
+    return "\n".join(lines)
+
+
 def table(found):
     """Markdown: medians, and ratios of paired repeats as median (min–max)."""
     lines = ["| shape | arm | rollout tokens/s | update s | step s | step, times faster than TRL | rollout, times faster than generate | peak MiB |",
@@ -261,9 +318,10 @@ def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="PROMPTxCOMPLETIONxGROUPxPROMPTS, trailing r: ragged lengths")
     parser.add_argument("--scaling", action="store_true", help="shapes that vary the group size, the prompt length and the batch")
-    parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS)
+    parser.add_argument("--arms", nargs="+", default=[arm for arm in ARMS if arm != "eager"], choices=ARMS)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--model", help="a folder or hub id; default: the embedded 1M-parameter Qwen3 with random weights")
+    parser.add_argument("--size", default="1m", choices=SIZES, help="random weights in the shape of the embedded policy, SmolLM2-135M or Qwen3-0.6B")
+    parser.add_argument("--model", help="a folder or hub id, in place of --size")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
                         help="of the weights; float32 on a GPU runs under bf16 autocast in all arms")
@@ -307,7 +365,7 @@ def main(argv):
                         file.flush()
                         print(f"{shape} {arm} {repeat}: rollout {row['rollout_s']:.2f} s, update {row.get('update_s', 0):.2f} s", flush=True)
     print(f"\n{setting.model().num_parameters() / 1e6:.1f}M parameters, {args.device}, {args.dtype}, {args.threads} threads, "
-          f"median of {args.repeats}:\n\n{table(found)}")
+          f"median of {args.repeats}:\n\n{table(found)}\n\n{limits(setting, found)}")
 
 
 if __name__ == "__main__":

@@ -32,8 +32,7 @@ def test_a_real_model_learns_the_format_and_takes_a_step(tmp_path):
     before = model.model.layers[0].mlp.up_proj.weight.detach().clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
     metrics, batch, region, weight = rest.train_step(model, tokenizer, optimizer, rows[:2], cfg, 0, instructions=train_small.INSTRUCTIONS)
-    exact = rest.autocast(model) is None  # under bf16 the sampler and the update round differently
-    assert metrics["skipped_updates"] == 0 and metrics["kl"] < (1e-4 if exact else 2e-2) and metrics["clip_fraction"] <= (0 if exact else 0.05)
+    assert metrics["skipped_updates"] == 0 and metrics["kl"] < 1e-4 and metrics["clip_fraction"] == 0
     assert {rest.TAG, rest.SCAFFOLD, rest.NAME, rest.THOUGHT} <= set(region.flatten().tolist())
     ended = (~batch.truncated).nonzero()[:, 0].tolist()
     for i in ended:  # pad == eos: the sampled end token is trained all the same

@@ -189,10 +189,10 @@ def test_the_loop_learns_a_bandit():
 
 
 def test_demonstrations_are_imperfect_at_the_stated_rate():
-    """With noise 0 every demonstration earns the exact call; with 0.18 about half of them do."""
+    """With noise 0 every demonstration earns the exact call; with 0.22 four in ten."""
     import random
     rows = [step for row in tasks.make_rows(300, "train", seed=5) for step in tasks.decompose(row)]
-    for noise, low, high in ((0.0, 1.0, 1.0), (0.18, 0.35, 0.6)):
+    for noise, low, high in ((0.0, 1.0, 1.0), (0.22, 0.3, 0.5)):
         rng = random.Random(0)
         exact = sum(rest.score_texts([policy.noisy_demonstration(row, rng, noise)], row)[2] for row in rows) / len(rows)
         assert low <= exact <= high

@@ -113,7 +113,7 @@ def looking_up(tokenizer, rng, questions=12):
     return ids, mask
 
 
-def tiny_policy(seed=0, steps=WARM_START_STEPS, batch=32, learning_rate=3e-3, noise=0.18, mask_names=False, device="cpu", progress=True):
+def tiny_policy(seed=0, steps=WARM_START_STEPS, batch=32, learning_rate=3e-3, noise=0.22, mask_names=False, device="cpu", progress=True):
     """(model, tokenizer) of the embedded policy after its warm start; kept under $REST_CACHE (default ~/.cache/rest).
 
     A pretrained model can copy words and see whether something is listed; a random one learns this slowest, and soonest from short texts
@@ -158,7 +158,7 @@ def supervised(model, sequences, steps, learning_rate, micro_batch, what="warm s
     bar = tqdm(range(steps), desc=what, disable=not progress, mininterval=1)
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1, (step + 1) / 20, 0.1 + 0.9 * (steps - step) / max(1, steps // 2))
+            group["lr"] = learning_rate * min(1, (step + 1) / max(1, min(20, steps // 5)), 0.1 + 0.9 * (steps - step) / max(1, steps // 2))
         chosen = sorted(sequences(step), key=lambda pair: len(pair[0]))
         total = sum(sum(mask) for _, mask in chosen)
         optimizer.zero_grad(set_to_none=True)

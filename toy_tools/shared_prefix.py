@@ -244,14 +244,7 @@ def can_share(model):
 
 
 def autocast(model):
-    """bf16 autocast for float32 weights where it pays: on GPUs that have bf16, and for models above 50M parameters on CPUs that compute in it.
-    None elsewhere."""
+    """bf16 autocast for float32 weights on GPUs that have bf16; None elsewhere (on CPUs with avx512_bf16 we have seen it twice as fast and half as fast)."""
     parameter = next(model.parameters(), torch.empty(0))
-    if parameter.dtype != torch.float32:
-        return None
-    if parameter.is_cuda and torch.cuda.is_bf16_supported():
+    if parameter.is_cuda and parameter.dtype == torch.float32 and torch.cuda.is_bf16_supported():
         return torch.autocast("cuda", torch.bfloat16)
-    if parameter.device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") and sum(p.numel() for p in model.parameters()) > 5e7:
-        can = torch.cpu.get_capabilities()
-        return torch.autocast("cpu", torch.bfloat16) if can.get("avx512_bf16") or can.get("amx_bf16") else None
-    return None

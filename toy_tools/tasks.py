@@ -144,8 +144,6 @@ USE = (" can do this.", " gives it.", " is offered.", " works.")
 NO_TOOL = (", which is missing.", ", not offered.", ", but I lack it.", ", not here.")
 SEVERAL = (". One of {n} calls.", ". In all {n} calls.", ". The first of {n} things.")
 REFUSALS = ("Sorry, I have no tool for that.", "I cannot do that with my tools.", "None of my tools can help with this.")
-
-
 STAND_INS = {"convert_units": ["calculator"]}  # tools that could do another's work, so that "nothing fits" would be wrong
 
 
@@ -167,8 +165,8 @@ def _think(draw, call, then, **words):
 
 
 def _row(draw, category, user, gold, demo, names, state=None):
-    return {"messages": [{"role": "user", "content": draw.rng.choice(GREETINGS) + user}], "tools": [TOOLS[n].schema() for n in names], "gold": gold, "category": category,
-            "state": state or {}, "demo": demo}
+    return {"messages": [{"role": "user", "content": draw.rng.choice(GREETINGS) + user}], "tools": [TOOLS[n].schema() for n in names],
+            "gold": gold, "category": category, "state": state or {}, "demo": demo}
 
 
 def _state_for(draw, calls):
