@@ -48,6 +48,7 @@ from torch.utils.checkpoint import checkpoint
 
 from toy_tools.chat import encode_prompt, encode_results
 from toy_tools.shared_prefix import PackedLayout, PlainDecoder, SharedDecoder, autocast, can_share, left_pad, sharing
+from toy_tools.tools import check, same_value
 
 log = logging.getLogger("rest")
 
@@ -261,9 +262,6 @@ def parse_calls(text):
     return [call for block in split_blocks(text) for call, *_ in block.calls]
 
 
-TYPES = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict, "null": type(None)}
-
-
 def validate(call, tools):
     """Check a Call against the schemas ({"type": "function", "function": {name, parameters}}): known tool, required, type, enum, no extras.
 
@@ -271,29 +269,10 @@ def validate(call, tools):
     schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
     if call.name not in schemas:
         raise UnknownTool(f"unknown tool {call.name[:60]!r}; the tools are {', '.join(schemas)}")
-    _check(call.arguments, {"type": "object", **schemas[call.name]}, "")
-
-
-def _check(value, schema, where):
-    """JSON schema's everyday subset: type (one or a list), enum, required, properties, items. Keys of an object without properties are free."""
-    kinds = schema.get("type", [])
-    kinds = [kinds] if isinstance(kinds, str) else kinds
-    fits = [isinstance(value, TYPES[k]) and (k == "boolean" or not isinstance(value, bool)) for k in kinds if k in TYPES]
-    if fits and not any(fits):
-        raise InvalidArguments(f"{where or 'arguments'} must be of type {' or '.join(kinds)}")
-    if "enum" in schema and not any(same_value(value, option) for option in schema["enum"]):
-        raise InvalidArguments(f"{where or 'arguments'} must be one of {', '.join(map(str, schema['enum']))}")
-    if isinstance(value, dict) and "properties" in schema:
-        for name in schema.get("required", []):
-            if name not in value:
-                raise InvalidArguments(f"missing argument {where + name}")
-        for name, item in value.items():
-            if name not in schema["properties"]:
-                raise InvalidArguments(f"unexpected argument {(where + name)[:60]}")
-            _check(item, schema["properties"][name], where + name)
-    if isinstance(value, list) and "items" in schema:
-        for i, item in enumerate(value):
-            _check(item, schema["items"], f"{where}[{i}]")
+    try:
+        check(call.arguments, {"type": "object", **schemas[call.name]})
+    except ValueError as error:
+        raise InvalidArguments(str(error)) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------- tool executor
@@ -507,15 +486,6 @@ def token_regions(tokenizer, batch, ends):
 
 
 # ----------------------------------------------------------------------------------------------------------------------- reward
-
-def same_value(a, b):
-    """JSON equality: 1 equals 1.0, but True is not 1."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(same_value(a[k], b[k]) for k in a)
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(same_value, a, b))
-    return isinstance(a, bool) == isinstance(b, bool) and a == b
-
 
 def _jaccard(a, b):
     a, b = Counter(list(a)), Counter(list(b))  # list: of a dict, its keys

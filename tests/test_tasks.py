@@ -12,7 +12,7 @@ import pytest
 
 from toy_tools import tasks
 from toy_tools.tasks import CATEGORIES, REQUESTS, completion_text, decompose, from_dataset, make_rows, to_dataset, toolbox_for
-from toy_tools.tools import KINDS, RATES, TOOLS, UNITS
+from toy_tools.tools import RATES, TOOLS, TYPES, UNITS
 
 N = 1500
 ROWS = {(split, mask): make_rows(N, split, seed=11, mask_names=mask) for split in ("train", "test") for mask in (False, True)}
@@ -76,7 +76,7 @@ def test_gold_fits_the_schemas():
             assert set(call["arguments"]) == set(schema["required"]) == set(schema["properties"])
             for name, value in call["arguments"].items():
                 kind = schema["properties"][name]
-                assert isinstance(value, KINDS[kind["type"]]) and value in kind.get("enum", [value])
+                assert isinstance(value, TYPES[kind["type"]]) and value in kind.get("enum", [value])
 
 
 def test_arguments_stand_in_the_text_or_in_an_earlier_result():

@@ -47,7 +47,7 @@ def test_the_command_trains_logs_saves_and_shows(cache, tmp_path):
     assert tokenizer.chat_template == policy.CHAT_TEMPLATE and model.config.vocab_size == len(tokenizer)
     for word in ("category", "simple", "[thought", "nats", "Time of the RL steps: rollout"):
         assert word in done.stdout or word == "[thought", (word, done.stdout)
-    assert "rest:" in done.stderr and "reward" in done.stderr  # the progress bar
+    assert "rest:" in done.stderr and "reward" in done.stderr and "Warning" not in done.stderr  # the progress bar, and nothing but it
 
 
 def test_help_names_every_knob():

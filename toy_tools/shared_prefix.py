@@ -5,6 +5,7 @@ A group's G completions share their prompt. In the update one batch row holds [p
 who may see whom; while decoding, the prompt's keys and values are stored once per group, next to each completion's own. Exact: what a
 token sees is what it would see in its own row. rest.can_share tells for which models, and rest.py has the plain path beside it."""
 
+import inspect
 import logging
 from dataclasses import dataclass
 
@@ -125,19 +126,24 @@ def left_pad(prompts, device):
     return ids, mask
 
 
+def cache_name(model):
+    """What the model calls its cache: past_key_values, or from transformers 5.24 on, cache."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 class PlainDecoder:
     """Decoding with the model's own attention and cache, each prompt repeated G times. The reference path, and the fallback."""
 
     shrink = 0.75
 
     def __init__(self, model, prompts, group, length, graph=False):
-        self.model, self.cache, self.groups = model, None, 1
+        self.model, self.cache, self.cache_name, self.groups = model, None, cache_name(model), 1
         self.ids, self.mask = (x.repeat_interleave(group, 0) for x in left_pad(prompts, next(model.parameters()).device))
 
     def forward(self, ids, position_ids):
-        out = self.model(input_ids=ids, attention_mask=self.mask.long(), position_ids=position_ids, past_key_values=self.cache,
-                         use_cache=True, logits_to_keep=1)
-        self.cache = out.past_key_values
+        out = self.model(input_ids=ids, attention_mask=self.mask.long(), position_ids=position_ids, use_cache=True, logits_to_keep=1,
+                         **{self.cache_name: self.cache})
+        self.cache = out[self.cache_name]
         return out.logits[:, -1]
 
     def prefill(self):
@@ -159,13 +165,13 @@ class SharedDecoder:
     def __init__(self, model, prompts, group, length, graph=True):
         self.model, self.groups, self.replay = model, group, None
         self.ids, self.mask = left_pad(prompts, next(model.parameters()).device)
-        self.layout = DecodeLayout(self.mask, group, length)
+        self.layout, self.cache_name = DecodeLayout(self.mask, group, length), cache_name(model.base_model)
         self.graphed = graph and self.ids.is_cuda and not getattr(model, "_rest_no_graph", False)
         self.shrink = 0.5 if self.graphed else 0.75  # rows leave when so few are left: each time costs a capture
 
     def forward(self, ids, position_ids):
-        hidden = self.model.base_model(input_ids=ids, position_ids=position_ids, past_key_values=self.layout, use_cache=True,
-                                       layout=self.layout).last_hidden_state
+        hidden = self.model.base_model(input_ids=ids, position_ids=position_ids, use_cache=True, layout=self.layout,
+                                       **{self.cache_name: self.layout}).last_hidden_state
         return self.model.get_output_embeddings()(hidden[:, -1])
 
     def prefill(self):

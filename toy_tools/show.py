@@ -1,6 +1,7 @@
 """What people look at: one episode coloured by region with its weights, evaluation tables, and the learning curve."""
 
 import csv
+import statistics
 import sys
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def evaluation(before, after=None):
 
 
 def curve(files, out):
-    """Picture (PNG, SVG, …) of one or more metrics.csv: exact-call rate (mean of 5 steps), region entropies and weights of the first.
+    """Picture (PNG, SVG, …) of one or more metrics.csv: exact-call rate, region entropies and weights of the first, each the mean of the last 5 steps.
 
     Raises ImportError without matplotlib, the optional part it needs."""
     try:
@@ -64,18 +65,20 @@ def curve(files, out):
     for k, file in enumerate(files):
         with open(file) as lines:
             rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(lines)]
-        steps, exact = [row["step"] for row in rows], [row["exact"] for row in rows]
-        smooth = [sum(exact[max(0, i - 4):i + 1]) / len(exact[max(0, i - 4):i + 1]) for i in range(len(exact))]
-        rate.plot(steps, smooth, label=Path(file).parent.name if len(files) > 1 else None)
+        steps = [row["step"] for row in rows]
+
+        def smooth(key):
+            return [statistics.mean(row[key] for row in rows[max(0, i - 4):i + 1]) for i in range(len(rows))]
+        rate.plot(steps, smooth("exact"), label=Path(file).parent.name if len(files) > 1 else None)
         if k == 0:
             for name, _ in GROUPS:
-                entropy.plot(steps, [row[f"H_{name}"] for row in rows], label=name)
-                weight.plot(steps, [row[f"w_{name}"] for row in rows], label=name)
+                entropy.plot(steps, smooth(f"H_{name}"), label=name)
+                weight.plot(steps, smooth(f"w_{name}"), label=name)
     rate.set_title("exact-call rate of training rollouts")
     entropy.set_title("mean entropy by region (nats)")
     weight.set_title("mean token weight by region")
     for axis in (rate, entropy, weight):
-        axis.set_xlabel("step")
+        axis.set_xlabel("step (mean of 5)")
         axis.spines[["top", "right"]].set_visible(False)
     rate.set_ylim(0, 1)
     weight.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))

@@ -249,25 +249,42 @@ TOOLS = {tool.name: tool for tool in (
     Tool("cancel_booking", "cancel a booking by its code", {"code": STRING}, cancel_booking, True))}
 
 
-KINDS = {"string": str, "number": (int, float), "integer": int}
+# -------------------------------------------------------------------------------------------------------------------- schemas
+
+TYPES = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict, "null": type(None)}
 
 
-def check(arguments, properties):
-    """Arguments as the schema wants them, numbers finite and below 1e15; raises ValueError with a sentence for the model.
+def same_value(a, b):
+    """JSON equality: 1 equals 1.0, but True is not 1."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same_value(a[k], b[k]) for k in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(same_value, a, b))
+    return isinstance(a, bool) == isinstance(b, bool) and a == b
 
-    The tools' own guard, so that they are safe to call without rest.validate in front."""
-    if set(arguments) != set(properties):
-        raise ValueError(f"the arguments must be {', '.join(properties)}, no more and no less")
-    for name, value in arguments.items():
-        kind, enum = properties[name]["type"], properties[name].get("enum")
-        if isinstance(value, bool) or not isinstance(value, KINDS[kind]):
-            raise ValueError(f"{name} must be of type {kind}")
-        if kind == "string" and len(value) > 1000:
-            raise ValueError(f"{name} is longer than 1000 characters")
-        if kind != "string" and not abs(value) <= 1e15:
-            raise ValueError(f"{name} must be a number below 1e15")
-        if enum and value not in enum:
-            raise ValueError(f"{name} must be one of {', '.join(enum)}")
+
+def check(value, schema, where=""):
+    """JSON schema's everyday subset: type (one or a list), enum, required, properties, items. Keys of an object without properties are free.
+
+    Raises ValueError with a sentence for the model."""
+    kinds = schema.get("type", [])
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    fits = [isinstance(value, TYPES[k]) and (k == "boolean" or not isinstance(value, bool)) for k in kinds if k in TYPES]
+    if fits and not any(fits):
+        raise ValueError(f"{where or 'arguments'} must be of type {' or '.join(kinds)}")
+    if "enum" in schema and not any(same_value(value, option) for option in schema["enum"]):
+        raise ValueError(f"{where or 'arguments'} must be one of {', '.join(map(str, schema['enum']))}")
+    if isinstance(value, dict) and "properties" in schema:
+        for name in (*schema.get("required", ()), *value):
+            if name not in value:
+                raise ValueError(f"missing argument {where + name}")
+            if name not in schema["properties"]:
+                raise ValueError(f"unexpected argument {(where + name)[:60]}")
+        for name, item in value.items():
+            check(item, schema["properties"][name], where + name)
+    if isinstance(value, list) and "items" in schema:
+        for i, item in enumerate(value):
+            check(item, schema["items"], f"{where}[{i}]")
 
 
 class ToolBox:
@@ -285,8 +302,13 @@ class ToolBox:
         masks = {real: mask for mask, real in parameters.items()}
         properties = {masks.get(name, name): schema for name, schema in tool.parameters.items()}  # as the model sees them
 
-        def call(**arguments):
-            check(arguments, properties)
+        def call(**arguments):  # safe to call without rest.validate in front
+            check(arguments, {"properties": properties, "required": list(properties)})
+            for name, value in arguments.items():
+                if isinstance(value, str) and len(value) > 1000:
+                    raise ValueError(f"{name} is longer than 1000 characters")
+                if not isinstance(value, str) and not abs(value) <= 1e15:
+                    raise ValueError(f"{name} must be a number below 1e15")
             arguments = {parameters.get(k, k): v for k, v in arguments.items()}
             return tool.function(self.state, **arguments) if tool.stateful else tool.function(**arguments)
         return call
