@@ -47,8 +47,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from toy_tools.chat import encode_prompt, encode_results
+from toy_tools.jsons import SPACE, check, same_value, scan_object
 from toy_tools.shared_prefix import PackedLayout, PlainDecoder, SharedDecoder, autocast, can_share, left_pad, sharing
-from toy_tools.tools import check, same_value
 
 log = logging.getLogger("rest")
 
@@ -97,11 +97,9 @@ class Config:
         def need(ok, message):
             if not ok:
                 raise ValueError(message)
-        need(self.method in METHODS, f"unknown method {self.method!r}: choose one of {', '.join(METHODS)}")
-        need(self.reward_scaling in ("dynamic", "static"), f"reward_scaling must be dynamic or static, not {self.reward_scaling!r}")
-        need(self.raw_weight in RAW_WEIGHTS, f"raw_weight must be one of {', '.join(RAW_WEIGHTS)}, not {self.raw_weight!r}")
-        need(self.aggregation in ("", "sequence", "token", "constant"),
-             f"aggregation must be sequence, token or constant, not {self.aggregation!r}")
+        for name, known in (("method", METHODS), ("reward_scaling", ("dynamic", "static")), ("raw_weight", RAW_WEIGHTS),
+                            ("aggregation", ("", "sequence", "token", "constant"))):
+            need(getattr(self, name) in known, f"{name} must be one of {', '.join(filter(None, known))}, not {getattr(self, name)!r}")
         need(self.group >= 2, f"group is {self.group}, but advantages compare completions of one prompt: use at least 2")
         need(self.top_k == 0 and self.top_p == 1.0,
              "top_k/top_p truncate the sampling distribution, so the recorded logp would not be the one sampled from: leave them at 0 and 1.0")
@@ -150,18 +148,7 @@ class Block:
     calls: list = field(default_factory=list)  # of a tool_call block: [(Call | MalformedCall, start, end, fields)]
 
 
-def _refuse(token):
-    raise ValueError(f"{token} is not JSON")
-
-
-def _finite(token):
-    return float(token) if math.isfinite(float(token)) else _refuse(token)
-
-
-JSON_DECODER = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite)
 OPENING_TAG = re.compile(r"<(think|tool_call|response)>")
-SPACE = re.compile(r"[ \t\r\n]*")
-MAX_DEPTH = 64  # nesting of arguments; deeper JSON is refused before anything recurses over it
 
 
 def split_blocks(text):
@@ -193,54 +180,10 @@ def _scan_calls(text, pos):
         start = SPACE.match(text, pos).end()
         if start == len(text) or text.startswith("</tool_call>", start):
             return calls, start
-        fields, pos, error = _scan_object(text, start)
+        fields, pos, error = scan_object(text, start)
         if error:  # resume on the next line or at the closing tag
             pos = min(p for p in (text.find("\n", start), text.find("</tool_call>", pos), len(text)) if p >= 0)
         calls.append((MalformedCall(error) if error else _to_call(fields), start, pos, fields))
-
-
-def _scan_object(text, pos):
-    """One top-level JSON object: {key: (value, start, end)}, the position behind it, and an error text or None.
-
-    A member that breaks off is kept with end = None, so that its characters still get their region."""
-    fields, key = {}, None
-    try:
-        if text[pos] != "{":
-            raise ValueError("a call must be a JSON object that starts with '{'")
-        pos = SPACE.match(text, pos + 1).end()
-        while text[pos] != "}":
-            key, pos = JSON_DECODER.raw_decode(text, pos)
-            pos = SPACE.match(text, pos).end()
-            if not isinstance(key, str) or key in fields or text[pos] != ":":
-                raise ValueError(f"bad or repeated key {str(key)[:40]!r}")
-            pos = SPACE.match(text, pos + 1).end()
-            fields[key] = (None, pos, None)
-            value, end = JSON_DECODER.raw_decode(text, pos)
-            if _depth(value) > MAX_DEPTH:
-                raise ValueError(f"nested more than {MAX_DEPTH} deep")
-            fields[key] = (value, pos, end)
-            pos = SPACE.match(text, end).end()
-            if text[pos] == ",":
-                pos = SPACE.match(text, pos + 1).end()
-                if text[pos] == "}":
-                    raise ValueError("a comma before '}'")
-            elif text[pos] != "}":
-                raise ValueError("expected ',' or '}'")
-        return fields, pos + 1, None
-    except RecursionError:
-        return fields, pos, f"nested more than {MAX_DEPTH} deep"
-    except IndexError:
-        return fields, min(pos, len(text)), "the JSON object is not closed"
-    except ValueError as error:  # JSONDecodeError, NaN, Infinity, integers of thousands of digits
-        return fields, pos, f"not valid JSON: {str(error)[:100]}"
-
-
-def _depth(value):
-    depth, level = 0, [value]
-    while level:  # level by level, so that no depth can exhaust the Python stack
-        depth += 1
-        level = [c for v in level if isinstance(v, (dict, list)) for c in (v.values() if isinstance(v, dict) else v)]
-    return depth
 
 
 def _to_call(fields):
@@ -292,16 +235,13 @@ def _run(call, functions, tools, timeout, max_chars):
 
     def work():
         try:
+            if isinstance(call, CallError):
+                raise call
+            validate(call, tools)
             value = functions[call.name](**call.arguments)
             result[0] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        except Exception as error:  # whatever a tool raises, the model reads it and the training run goes on
+        except Exception as error:  # whatever a tool or a schema raises, the model reads it and the training run goes on
             result[0] = f"error: {error}"
-    try:
-        if isinstance(call, CallError):
-            raise call
-        validate(call, tools)
-    except CallError as error:
-        return f"error: {error}"[:max_chars]
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(timeout)
@@ -334,7 +274,7 @@ def eos_ids(model, tokenizer):
 
 
 @torch.no_grad()
-def rollout(model, tokenizer, rows, cfg, seed=0, group=None, greedy=False, toolbox_for=None, instructions="", on_token=None):
+def rollout(model, tokenizer, rows, cfg, seed=0, group=None, greedy=False, toolbox_for=None, instructions=""):
     """Sample `group` (default cfg.group) completions for each row; returns a Rollout.
 
     All rows advance in lockstep, one token a step, sampled or forced: a tool's result is a queue of forced tokens that pass through the same
@@ -342,7 +282,7 @@ def rollout(model, tokenizer, rows, cfg, seed=0, group=None, greedy=False, toolb
     uniforms, so what it samples does not depend on which other rows are still there.
     With cfg.max_turns > 1, `toolbox_for(row)` gives each episode an object with `.functions`, and its calls are executed.
     """
-    model_was_training, G, T = model.training, group or cfg.group, cfg.max_completion_tokens
+    model_was_training, G, T = model.training, cfg.group if group is None else group, cfg.max_completion_tokens
     live = cfg.max_turns > 1 and toolbox_for is not None
     N, device, ends = len(rows) * G, next(model.parameters()).device, eos_ids(model, tokenizer)
     encoded = [encode_prompt(tokenizer, row["messages"], row["tools"], instructions) for row in rows]
@@ -393,21 +333,18 @@ def rollout(model, tokenizer, rows, cfg, seed=0, group=None, greedy=False, toolb
                         starts[i] = t + 1 + len(suffix)
                     else:
                         truncated[i], slots[s] = False, N
-            if on_token:
-                on_token(alive)
             left = len(slots) - slots.count(N)
             if left == 0 or t == T - 1:
                 break
             if left < alive:
-                slot_rows = torch.tensor(slots, device=device)
-            if left <= decoder.shrink * len(slots):  # drop finished groups, and narrow the rest to the fullest one
                 groups = [slots[a:a + width] for a in range(0, len(slots), width)]
                 keep = [k for k, g in enumerate(groups) if any(i < N for i in g)]
                 new = max(sum(i < N for i in groups[k]) for k in keep)
-                order = [k * width + s for k in keep for s in sorted(range(width), key=lambda s: groups[k][s] == N)[:new]]
-                index = torch.tensor(order, device=device)
-                decoder.select(torch.tensor(keep, device=device), index, new)
-                slots, width, chosen = [slots[s] for s in order], new, chosen[index]
+                if len(keep) * new <= decoder.shrink * len(slots):  # drop finished groups, and narrow the rest to the fullest one
+                    order = [k * width + s for k in keep for s in sorted(range(width), key=lambda s: groups[k][s] == N)[:new]]
+                    index = torch.tensor(order, device=device)
+                    decoder.select(torch.tensor(keep, device=device), index, new)
+                    slots, width, chosen = [slots[s] for s in order], new, chosen[index]
                 slot_rows = torch.tensor(slots, device=device)
             logits = decoder.step(chosen, t)
     model.train(model_was_training)
@@ -511,11 +448,6 @@ def correctness_score(gold, predicted):
     return score / (1 + sum(1 + len(call.arguments) for call in gold))
 
 
-def required_blocks(calls):
-    """The blocks of a turn: a thought, then calls where the gold answer has some, else a response."""
-    return ("think", "tool_call" if calls else "response")
-
-
 def format_score(text, required):
     """1.0 if exactly the required blocks stand there, closed, in order, with nothing but space outside them; else 0.0. Consecutive call
     blocks count as one."""
@@ -533,9 +465,9 @@ def score_texts(texts, row):
     """(format in [0, 1], correctness in [0, 1] or None where gold has no call, exact) of an episode.
 
     texts: the assistant turns. Format is the mean over turns, correctness compares all calls with all gold calls. A row may state the
-    "blocks" of each gold turn; else required_blocks tells. Exact: format right and the multiset of calls equals gold's."""
+    "blocks" of each gold turn; else it is a thought, then calls where gold has some or a response. Exact: format right and calls equal gold's."""
     gold = [Call(call["name"], call["arguments"]) for turn in row["gold"] for call in turn]
-    required = row.get("blocks") or [required_blocks(turn) for turn in row["gold"]]
+    required = row.get("blocks") or [("think", "tool_call" if turn else "response") for turn in row["gold"]]
     form = sum(map(format_score, texts, required)) / max(len(texts), len(required))  # missing and surplus turns count 0
     calls = [call for text in texts for call in parse_calls(text)]
     correct = correctness_score(gold, calls) if gold else None
@@ -604,11 +536,11 @@ def normalise_weights(weight, mask):
 
 
 def official_weights(touched, mask, step):
-    """The authors' code: constants and a clock, no entropy. Where a token touches several regions the largest weight wins. [N, T]."""
+    """The authors' code: constants and a clock, no entropy. Where a token touches several regions the largest weight wins. [N, T].
+    (Their clip of the weights to [0.001, 8] never acts.)"""
     weight = torch.tensor([1.0, 0.0, 1.2, min(1.2, 0.6 + 0.002 * step), min(1.0, 0.6 + 0.002 * step), 0.0])
     subsets = [max([float(weight[r]) for r in range(6) if bits >> r & 1], default=0.0) for bits in range(64)]
     weight = torch.tensor(subsets, device=touched.device)[touched]
-    weight = torch.where(weight > 0, weight.clamp(0.001, 8.0), 0.0)
     return normalise_weights(weight, mask & (weight > 0))
 
 
@@ -707,18 +639,20 @@ def policy_loss(logp, logp_old, advantages, weight, mask, scale, clip):
 # --------------------------------------------------------------------------------------------------------------------- update
 
 def micro_batches(batch, used, budget):
-    """Splits the groups `used` into lists of (prompt index, completion indices) of about `budget` tokens, similar lengths together."""
-    G, out, room = batch.group, [], 0
-    length = batch.length.view(-1, G).amax(1).tolist()
-    for p in sorted(used, key=lambda p: (length[p], len(batch.prompts[p]))):
-        per = max(1, min(G, (budget - len(batch.prompts[p])) // max(length[p], 1)))  # completions of this prompt that fit at once
+    """Splits the groups `used` into lists of (prompt index, completion indices): at most `budget` tokens with padding, or one completion."""
+    G, out = batch.group, []
+    length, prompt = batch.length.view(-1, G).amax(1).tolist(), [len(ids) for ids in batch.prompts]
+
+    def padded(part):
+        return len(part) * (max(prompt[p] for p, _ in part) + len(part[0][1]) * max(length[p] for p, _ in part))
+    for p in sorted(used, key=lambda p: (length[p], prompt[p])):
+        per = max(1, min(G, (budget - prompt[p]) // max(length[p], 1)))  # completions of this prompt that fit at once
         for a in range(0, G, per):
-            part, cost = list(range(a, min(a + per, G))), len(batch.prompts[p]) + per * length[p]
-            if out and room >= cost and len(out[-1][0][1]) == len(part):
-                out[-1].append((p, part))
+            new = (p, list(range(a, min(a + per, G))))
+            if out and len(out[-1][0][1]) == len(new[1]) and padded(out[-1] + [new]) <= budget:
+                out[-1].append(new)
             else:
-                out, room = out + [[(p, part)]], budget
-            room -= cost
+                out.append([new])
     return out
 
 

@@ -37,7 +37,7 @@ class Run:
     model: str = field(default="", metadata={"help": "Hub id, folder or .gguf file of a chat model; empty: the embedded 1M policy."})
     data: str = field(default="", metadata={"help": "Training rows: .jsonl, ToolRL .parquet/.json, or a hub id; empty: toy tasks."})
     device: str = field(default="", metadata={"help": "cuda, mps or cpu; empty: the first of these that is there."})
-    dtype: str = field(default="float32", metadata={"help": "Weights in float32 (with bf16 autocast on GPUs that have it) or bfloat16."})
+    dtype: str = field(default="float32", metadata={"help": "Weights in float32 (with bf16 autocast on GPUs that have it) or bfloat16, which rounds small updates away."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Less activation memory, about a third more time."})
     warm_start_steps: int = field(default=-1, metadata={"help": "Supervised steps before RL; -1: as many as the embedded policy needs, none for a --model."})
     warm_start_batch: int = field(default=8, metadata={"help": "Rows per supervised step of a --model."})
@@ -57,6 +57,17 @@ class Run:
     limit: int = field(default=0, metadata={"help": "At most so many prompts per benchmark category (a fixed subset); 0: all."})
     compare: str = field(default="", metadata={"help": "benchmarks.jsonl of another run, for paired differences."})
 
+    def __post_init__(self):
+        for name in ("warm_start_batch", "micro_batch", "train_rows", "eval_samples", "eval_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype must be float32 or bfloat16, not {self.dtype!r}")
+        if not self.eval_only and (self.benchmarks or self.compare or self.limit):
+            raise ValueError("--benchmarks, --compare and --limit evaluate a policy: they need --eval-only")
+        if self.compare and not Path(self.compare).is_file():
+            raise ValueError(f"no such file: {self.compare} (--compare takes the benchmarks.jsonl of another run)")
+
 
 def fail(message):
     sys.exit(f"train_small.py: error: {message}")
@@ -65,7 +76,8 @@ def fail(message):
 def pick_device(name):
     """The device of that name, or the first of cuda, mps, cpu that works. Raises ValueError if a named one is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name and not there.get(name.split(":")[0]):
+    kind, _, index = name.partition(":")
+    if name and (not there.get(kind) or kind == "cuda" and int(index or 0) >= torch.cuda.device_count()):
         raise ValueError(f"device {name!r} is not available here: use one of {', '.join(d for d, ok in there.items() if ok)}")
     return torch.device(name or next(d for d, ok in there.items() if ok))
 
@@ -74,12 +86,19 @@ def open_run(run, cfg):
     """Path of the run's folder: a new one, or with --resume the old one. Never one that would be written over."""
     base = Path(run.output_dir)
     folder = base / (run.name or f"{cfg.method}-seed{cfg.seed}")
+    last, old = folder / "checkpoint", folder / "checkpoint.old"
+    if old.exists() and not last.exists():  # killed between the two moves of `save`
+        old.rename(last)
     if run.resume:
-        if not (folder / "checkpoint" / "trainer.pt").exists():
+        if not (last / "trainer.pt").exists():
             raise ValueError(f"nothing to resume in {folder}: no checkpoint there (name the run with --name)")
         return folder
     if folder.exists() and run.name:
-        raise ValueError(f"{folder} exists: continue it with --resume, or choose another --name")
+        there = "continue it with --resume" if last.exists() else "it holds no checkpoint to resume, so delete it"
+        raise ValueError(f"{folder} exists: {there}, or choose another --name")
+    parent = next(path for path in (base, *base.absolute().parents) if path.exists())
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"cannot write to {parent}: choose another --output-dir")
     number = 2
     while folder.exists():
         folder, number = base / f"{cfg.method}-seed{cfg.seed}-{number}", number + 1
@@ -109,7 +128,7 @@ class Log:
 
 
 def save(folder, model, tokenizer, optimizer, step):
-    """Checkpoint in folder/checkpoint, replaced in one move so that an interruption leaves the old or the new one."""
+    """Checkpoint in folder/checkpoint, made beside it and then moved, so that an interruption leaves the old or the new one."""
     part, final, old = folder / "checkpoint.part", folder / "checkpoint", folder / "checkpoint.old"
     for path in (part, old):
         shutil.rmtree(path, ignore_errors=True)
@@ -133,8 +152,6 @@ def batch_rows(rows, cfg, step):
 def load(run, cfg, device, checkpoint=None):
     """(model, tokenizer, instructions): a checkpoint, --model, or the embedded policy after its warm start."""
     if checkpoint or run.model:
-        if run.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"--dtype must be float32 or bfloat16, not {run.dtype!r}")
         model, tokenizer = policy.load_model(checkpoint or run.model, getattr(torch, run.dtype), run.gradient_checkpointing)
     else:
         steps = run.warm_start_steps if run.warm_start_steps >= 0 else policy.WARM_START_STEPS
@@ -177,7 +194,8 @@ def train(run, cfg, device):
     if len(rows) < cfg.prompts:
         raise ValueError(f"{len(rows)} training rows are fewer than the {cfg.prompts} prompts of a step: lower --prompts")
     model, tokenizer, instructions = load(run, cfg, device, folder / "checkpoint" if run.resume else None)
-    if run.model and not run.resume and run.warm_start_steps > 0:
+    warm = run.model and not run.resume and run.warm_start_steps > 0
+    if warm:
         rng = random.Random(cfg.seed)
         bare = sum("target" not in row and "demo" not in row for row in rows)
         if bare:
@@ -190,6 +208,8 @@ def train(run, cfg, device):
     if not run.resume:  # made only now, so that a wrong path or option leaves no folder behind
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps({"config": asdict(cfg), "run": asdict(run), "torch": torch.__version__}, indent=1))
+        if warm:
+            save(folder, model, tokenizer, optimizer, 0)
     else:
         state = torch.load(folder / "checkpoint" / "trainer.pt", map_location=device, weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
@@ -221,6 +241,7 @@ def train(run, cfg, device):
         if stop:
             raise KeyboardInterrupt
         stop.append(True)
+        tqdm.write("finishing this step, then saving; Ctrl-C again stops at once", file=sys.stderr)
     before_interrupt = signal.signal(signal.SIGINT, interrupt)
     try:
         with tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc=cfg.method, unit="step") as bar:
@@ -236,6 +257,8 @@ def train(run, cfg, device):
                     log.write_csv()
                 if stop:
                     fail(f"interrupted after {step + 1} steps; saved. Continue with the same options and --resume --name {folder.name}")
+    except (ValueError, ImportError, OSError) as error:  # not the user's input any more: show where
+        raise RuntimeError(f"step {step} failed; metrics and the last checkpoint are in {folder}") from error
     finally:
         signal.signal(signal.SIGINT, before_interrupt)
     total = max(time.perf_counter() - started, 1e-9)
@@ -265,18 +288,20 @@ def train(run, cfg, device):
 
 def evaluate_only(run, cfg, device):
     """Benchmarks (greedy), or without --benchmarks the held-out toy tasks (sampled), for --model or the embedded policy."""
+    from toy_tools import benchmarks
+    benchmarks.expand(run.benchmarks)  # refuses unknown names before the model is loaded
     model, tokenizer, instructions = load(run, cfg, device)
     if not run.benchmarks:
         test = single_steps(tasks.make_rows(run.eval_rows, "test", seed=cfg.seed, mask_names=run.mask_names), cfg)
         print(show.evaluation(measure(model, tokenizer, test, run, cfg, instructions, "evaluating")))
         return
-    from toy_tools import benchmarks
 
     def generate(requests):
         rows = [{"messages": messages, "tools": offered} for messages, offered in requests]
         batch = rest.rollout(model, tokenizer, rows, cfg, group=1, greedy=True, instructions=instructions)
         return [texts[0] if texts else "" for texts in batch.texts]
-    name = run.name or "eval-" + (Path(run.model.rstrip("/")).name if run.model else f"embedded-seed{cfg.seed}")
+    path = Path(run.model)
+    name = run.name or "eval-" + ((path.parent if path.name == "checkpoint" else path).name if run.model else f"embedded-seed{cfg.seed}")
     folder = Path(run.output_dir) / name
     weights = hashlib.sha256(b"".join(p.detach().flatten()[:64].float().cpu().numpy().tobytes() for p in model.parameters())).hexdigest()[:12]
     header = {"weights": weights, "model": run.model or f"embedded, seed {cfg.seed}", "dtype": run.dtype, "max_completion_tokens": cfg.max_completion_tokens,
@@ -293,8 +318,10 @@ def main(argv=None):
     try:
         run, cfg = parser.parse_args_into_dataclasses(argv)
         device = pick_device(run.device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # streams and graphs are made on the current device
         (evaluate_only if run.eval_only else train)(run, cfg, device)
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         fail(error)
 
 

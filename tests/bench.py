@@ -27,6 +27,7 @@ import argparse
 import csv
 import importlib.util
 import json
+import math
 import os
 import re
 import resource
@@ -125,11 +126,10 @@ def make_ours(setting, shared=True, graph=True):
     """step(repeat) -> {rollout_s, update_s, tokens} of rest.py."""
     model = setting.model()
     if setting.ragged:  # a constant chance of the end token, whatever the weights say
-        chance = 1 / (MEAN_LENGTH * setting.length)
+        chance, eos = 1 / (MEAN_LENGTH * setting.length), torch.tensor(setting.eos, device=setting.args.device)
 
-        def end_sometimes(module, inputs, logits):
-            others = logits.float().index_fill(-1, torch.tensor(setting.eos, device=logits.device), -torch.inf).logsumexp(-1)
-            logits[..., setting.eos] = others + torch.log(torch.tensor(chance / (1 - chance)))
+        def end_sometimes(module, inputs, logits):  # no tensor is made from a number here: a CUDA graph could not hold it
+            logits[..., setting.eos] = logits.float().index_fill(-1, eos, -torch.inf).logsumexp(-1) + math.log(chance / (1 - chance))
             return logits
         rest.can_share(model)
         model.get_output_embeddings().register_forward_hook(end_sometimes)

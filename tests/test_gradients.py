@@ -3,6 +3,7 @@ completion at a time; and what the loss must not depend on. Where a test pins a 
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -316,6 +317,19 @@ def test_logps_and_entropies_equal_the_reference(name, shared):
 
 
 # --------------------------------------------------------------------------------------- what the gradient must not depend on
+
+def test_micro_batches_keep_to_the_budget_with_their_padding():
+    """Random batches: every completion once; no forward above the budget, counted as padded, unless it is a single completion."""
+    g = torch.Generator().manual_seed(0)
+    for budget in (50, 300, 2000):
+        length = torch.randint(1, 160, (48,), generator=g)
+        batch = SimpleNamespace(group=4, length=length, prompts=[[0] * int(n) for n in torch.randint(1, 100, (12,), generator=g)])
+        parts = rest.micro_batches(batch, [p for p in range(12) if p != 5], budget)
+        assert sorted((p, i) for part in parts for p, members in part for i in members) == [(p, i) for p in range(12) if p != 5 for i in range(4)]
+        for part in parts:
+            tokens = len(part) * (max(len(batch.prompts[p]) for p, _ in part)
+                                  + len(part[0][1]) * max(int(length[p * 4 + i]) for p, members in part for i in members))
+            assert tokens <= budget or (len(part) == len(part[0][1]) == 1)
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_micro_batches_do_not_change_the_gradient(aggregation):

@@ -14,7 +14,7 @@ from rest import NAME, PARAMS, SCAFFOLD, TAG, TEXT, THOUGHT, Call, MalformedCall
 # ------------------------------------------------------------------------------------------------------------------ configuration
 
 @pytest.mark.parametrize("bad, word", [
-    ({"method": "ppo"}, "unknown method"), ({"group": 1}, "at least 2"), ({"top_k": 5}, "top_k"), ({"top_p": 0.9}, "top_p"),
+    ({"method": "ppo"}, "method must be one of rest, "), ({"group": 1}, "at least 2"), ({"top_k": 5}, "top_k"), ({"top_p": 0.9}, "top_p"),
     ({"temperature": 0.0}, "temperature"), ({"aggregation": "mean"}, "aggregation"), ({"raw_weight": "linear"}, "raw_weight"),
     ({"reward_scaling": "none"}, "reward_scaling"), ({"steps": -1}, "steps"), ({"clip": 1.5}, "clip"), ({"min_entropy": 0.0}, "min_entropy")])
 def test_bad_configuration_is_refused_in_words(bad, word):
@@ -141,6 +141,8 @@ def test_executor_turns_everything_into_text():
     assert run("f", lambda: {1, 2}, {}).startswith("error: ")            # a result JSON cannot hold
     assert len(run("f", lambda: "x" * 10**6, {})) < 1100
     assert rest.execute([MalformedCall("bad line")], {}, []) == ["error: bad line"]
+    for broken in ({"required": None, "properties": {}}, {"properties": {"a": True}}):  # a user's schema that is none
+        assert rest.execute([Call("f", {"a": 1})], {"f": None}, [{"function": {"name": "f", "parameters": broken}}])[0].startswith("error: ")
     assert "unknown tool '__import__'" in rest.execute([Call("__import__", {"name": "os"})], {"add": None}, [TOOL])[0]
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from toy_tools import tasks
+from toy_tools.jsons import TYPES
 from toy_tools.tasks import CATEGORIES, REQUESTS, completion_text, decompose, from_dataset, make_rows, to_dataset, toolbox_for
-from toy_tools.tools import RATES, TOOLS, TYPES, UNITS
+from toy_tools.tools import RATES, TOOLS, UNITS
 
 N = 1500
 ROWS = {(split, mask): make_rows(N, split, seed=11, mask_names=mask) for split in ("train", "test") for mask in (False, True)}

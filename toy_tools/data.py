@@ -39,6 +39,7 @@ import json
 from pathlib import Path
 
 import rest
+from toy_tools.jsons import JSON_DECODER
 from toy_tools.tasks import completion_text
 
 LAYOUTS = {  # the columns that a layout needs -> how one record becomes rows
@@ -138,7 +139,7 @@ def _load_dataset(source, split):
 def _json(text):
     """Bytes -> the JSON value, or a ValueError with the reason."""
     try:
-        return rest.JSON_DECODER.decode(text.decode("utf-8").strip())
+        return JSON_DECODER.decode(text.decode("utf-8").strip())
     except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError, NaN, nested too deep
         return ValueError(f"not valid JSON: {error}")
 

@@ -203,6 +203,8 @@ def load_model(path, dtype=torch.float32, gradient_checkpointing=False):
 
     Raises FileNotFoundError / ImportError / ValueError with what to do."""
     kwargs = {}
+    if (Path(path) / "checkpoint" / "config.json").exists():  # the folder of a run
+        path = Path(path) / "checkpoint"
     if str(path).endswith(".gguf"):
         file = Path(path)
         if not file.is_file():
@@ -226,9 +228,9 @@ def load_model(path, dtype=torch.float32, gradient_checkpointing=False):
         if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
             setattr(config, name, 0.0)
     tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
-    model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, **kwargs, **quantization)
     if not tokenizer.chat_template:
         raise ValueError(f"{path} has no chat template; use an instruct model, or set tokenizer.chat_template and save it to a folder")
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+    model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, **kwargs, **quantization)
+    if gradient_checkpointing:  # its name since transformers 5.23, and before
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     return model, tokenizer

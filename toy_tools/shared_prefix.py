@@ -3,10 +3,11 @@
 
 A group's G completions share their prompt. In the update one batch row holds [prompt | completion 1 | … | completion G] and the layout says
 who may see whom; while decoding, the prompt's keys and values are stored once per group, next to each completion's own. Exact: what a
-token sees is what it would see in its own row. rest.can_share tells for which models, and rest.py has the plain path beside it."""
+token sees is what it would see in its own row. can_share tells for which models, and rest.py has the plain path beside it."""
 
 import inspect
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,7 @@ class DecodeLayout:
         self.bias = torch.zeros(prompt_mask.shape, device=prompt_mask.device).masked_fill(~prompt_mask, -torch.inf)  # (P, Lp)
 
     def update(self, k, v, layer, *args, **kwargs):
+        k = k.to(v.dtype)  # under autocast positions are rotated in float32
         if self.step is None:  # prefill
             shape = (k.shape[0] * self.group, k.shape[1], self.length, k.shape[3])
             self.prompt.append((k, v))
@@ -188,38 +190,48 @@ class SharedDecoder:
                 self.graphed, self.model._rest_no_graph, self.layout.column = False, True, None
         return self.replay(ids, t) if self.graphed else self.forward(ids[:, None], self.position[:, None] + t)
 
-    def static_step(self, ids, position):
-        """A step whose tensors all keep their shapes and addresses: what a graph can hold. ids, position int64 [S]."""
-        return self.forward(ids[:, None], (position + self.layout.column)[:, None])
+    @staticmethod
+    def record(work):
+        """(run, result): run() does what work() does, by a CUDA graph, and writes its result where it stands."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):  # the first restores the stream if capturing fails
+            result = work()
+        return graph.replay, result
+
+    def static_step(self, ids):
+        """A step whose tensors all keep their shapes and addresses: what a graph can hold. ids int64 [S]."""
+        return self.forward(ids[:, None], (self.position + self.layout.column)[:, None])
 
     def capture(self, ids, t):
-        """replay(ids, t) -> logits, for the rows that are there now. Raises RuntimeError if it cannot be captured, or differs from the eager step."""
+        """replay(ids, t) -> logits, for the rows that are there now. Raises RuntimeError if it cannot be captured, or differs from the eager step.
+
+        The graph reads ids, column, self.position and the layout's tensors where they lie now: all live until `select`, which drops the replay.
+        (replay does not hold self: a cycle would keep the caches until the garbage collector comes.)"""
         expected = self.forward(ids[:, None], self.position[:, None] + t)
-        self.layout.column, ids, position = torch.full((1,), t, device=ids.device), ids.clone(), self.position.clone()
-        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        # under autocast a graph must not hold casts of weights that live outside it
-        precision = torch.autocast("cuda", torch.get_autocast_dtype("cuda"), enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False)
-        side.wait_stream(torch.cuda.current_stream())
-        with precision:
-            with torch.cuda.stream(side):  # warm-up, outside the graph
-                self.static_step(ids, position)
-            torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(graph):
-                logits = self.static_step(ids, position)
+        ids, column = ids.clone(), torch.full((1,), t, device=ids.device)
+        self.layout.column = column
+        self.static_step(ids)  # warm-up: libraries allocate and, under autocast, weights are cast outside the graph
+        run, logits = self.record(lambda: self.static_step(ids))
+        logits.zero_()  # if the graph were empty, nothing would come back
 
         def replay(new_ids, t):
             ids.copy_(new_ids)
-            self.layout.column.fill_(t)
-            graph.replay()
+            column.fill_(t)
+            run()
             return logits.clone()
-        error = float((replay(ids, t) - expected).abs().max() / expected.abs().max())
-        if not error < (1e-4 if expected.dtype == torch.float32 else 5e-2):
-            raise RuntimeError(f"the captured step differs from the eager one by {error:.1e}")
+        if not close(replay(ids, t), expected):
+            raise RuntimeError("the captured step differs from the eager one")
         return replay
 
     def select(self, groups, slots, group):
         self.layout.select(groups, slots, group)
         self.position, self.replay, self.layout.column = self.position[slots], None, None  # other shapes: captured anew
+
+
+def close(a, b):
+    """Whether logits or logps agree as well as their precision lets them: 1e-4 of the largest in float32, 5% in bfloat16."""
+    exact = a.dtype == b.dtype == torch.float32 and not torch.is_autocast_enabled(a.device.type)
+    return bool((a - b).abs().max() <= (1e-4 if exact else 5e-2) * b.abs().max())
 
 
 def can_share(model):
@@ -236,11 +248,18 @@ def can_share(model):
             prompts = [torch.randint(0, config.vocab_size, (n,), generator=g).tolist() for n in (3, 5)]
             completions = torch.randint(0, config.vocab_size, (2, 2, 4), generator=g).to(device)
             model.eval()
+
+            def first_logits(kind):  # of prefill and a step
+                decoder = kind(model, prompts, 2, 4, graph=False)
+                return torch.stack([decoder.prefill(), decoder.step(completions[:, :, 0].flatten(), 0)])
             try:
-                with torch.no_grad():
-                    a, b = (rest.completion_logps(model, prompts, completions, 1.0, shared=s)[0] for s in (True, False))
-                ok = torch.allclose(a, b, atol=1e-3 if a.dtype == b.dtype == torch.float32 and autocast(model) is None else 0.1)
+                with torch.no_grad(), autocast(model) or nullcontext():
+                    ok = close(*(rest.completion_logps(model, prompts, completions, 1.0, shared=s)[0] for s in (True, False)))
+                    plain = first_logits(PlainDecoder)
+                    with sharing(model):
+                        ok = ok and close(first_logits(SharedDecoder), plain)
             except (TypeError, AttributeError, RuntimeError, ValueError) as error:
+                ok = False
                 log.warning("shared-prefix path not usable: %s", error)
             model.train(training)
         if not ok:

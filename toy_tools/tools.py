@@ -7,6 +7,8 @@ import math
 import zlib
 from dataclasses import dataclass
 
+from toy_tools.jsons import check
+
 
 # ------------------------------------------------------------------------------------------------------------------- calculator
 
@@ -247,44 +249,6 @@ TOOLS = {tool.name: tool for tool in (
     Tool("add_reminder", "remind of something on a date", {"text": STRING, "date": STRING}, add_reminder, True),
     Tool("book_table", "book a restaurant table", {"restaurant": STRING, "people": INTEGER}, book_table, True),
     Tool("cancel_booking", "cancel a booking by its code", {"code": STRING}, cancel_booking, True))}
-
-
-# -------------------------------------------------------------------------------------------------------------------- schemas
-
-TYPES = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict, "null": type(None)}
-
-
-def same_value(a, b):
-    """JSON equality: 1 equals 1.0, but True is not 1."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(same_value(a[k], b[k]) for k in a)
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(same_value, a, b))
-    return isinstance(a, bool) == isinstance(b, bool) and a == b
-
-
-def check(value, schema, where=""):
-    """JSON schema's everyday subset: type (one or a list), enum, required, properties, items. Keys of an object without properties are free.
-
-    Raises ValueError with a sentence for the model."""
-    kinds = schema.get("type", [])
-    kinds = [kinds] if isinstance(kinds, str) else kinds
-    fits = [isinstance(value, TYPES[k]) and (k == "boolean" or not isinstance(value, bool)) for k in kinds if k in TYPES]
-    if fits and not any(fits):
-        raise ValueError(f"{where or 'arguments'} must be of type {' or '.join(kinds)}")
-    if "enum" in schema and not any(same_value(value, option) for option in schema["enum"]):
-        raise ValueError(f"{where or 'arguments'} must be one of {', '.join(map(str, schema['enum']))}")
-    if isinstance(value, dict) and "properties" in schema:
-        for name in (*schema.get("required", ()), *value):
-            if name not in value:
-                raise ValueError(f"missing argument {where + name}")
-            if name not in schema["properties"]:
-                raise ValueError(f"unexpected argument {(where + name)[:60]}")
-        for name, item in value.items():
-            check(item, schema["properties"][name], where + name)
-    if isinstance(value, list) and "items" in schema:
-        for i, item in enumerate(value):
-            check(item, schema["items"], f"{where}[{i}]")
 
 
 class ToolBox:
