@@ -58,10 +58,11 @@ def test_help_names_every_knob():
 
 
 @pytest.mark.parametrize("args, words", [
-    (["--method", "ppo"], "unknown method"), (["--group", "1"], "at least 2"), (["--top-p", "0.9"], "top_k/top_p"),
+    (["--method", "ppo"], "method must be one of rest, "), (["--group", "1"], "at least 2"), (["--top-p", "0.9"], "top_k/top_p"),
     (["--resume", "--name", "none"], "nothing to resume"), (["--device", "tpu"], "device"), (["--model", "no/such.gguf"], "no such file"),
     (["--model", "./nowhere"], "nowhere"), (["--data", "nowhere.jsonl"], "nowhere.jsonl"), (["--prompts", "500"], "lower --prompts"),
-    (["--dtype", "int8", "--model", "."], "dtype")])
+    (["--dtype", "int8"], "dtype"), (["--device", "cuda:99"], "device"), (["--benchmarks", "bfcl"], "--eval-only"), (["--eval-samples", "0"], "eval_samples"),
+    (["--eval-only", "--benchmarks", "nope"], "unknown benchmark"), (["--eval-only", "--compare", "nope"], "no such file")])
 def test_wrong_input_gets_one_sentence(cache, tmp_path, capsys, monkeypatch, args, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
@@ -116,6 +117,20 @@ def test_a_crash_between_checkpoints_loses_only_what_is_redone(cache, tmp_path, 
     run(tmp_path, "--name", "parts", "--steps", "5", "--save-steps", "2", "--resume")
     assert (tmp_path / "whole/metrics.jsonl").read_text() == (tmp_path / "parts/metrics.jsonl").read_text()
     assert torch.equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    (tmp_path / "parts/checkpoint").rename(tmp_path / "parts/checkpoint.old")  # killed between the two moves of a save
+    run(tmp_path, "--name", "parts", "--steps", "5", "--save-steps", "2", "--resume")
+    assert torch.equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+
+
+def test_a_bug_within_a_step_shows_where_it_is(cache, tmp_path, monkeypatch):
+    def wrong(*args, **kwargs):
+        raise ValueError("a bug")
+    monkeypatch.setattr(rest, "train_step", wrong)
+    with pytest.raises(RuntimeError, match="step 0 failed") as error:
+        run(tmp_path, "--name", "bug", "--steps", "2")
+    assert str(error.value.__cause__) == "a bug"
+    with pytest.raises(SystemExit, match="no checkpoint to resume, so delete it"):
+        run(tmp_path, "--name", "bug", "--steps", "2")
 
 
 def test_finished_runs_are_not_written_over(cache, tmp_path):
@@ -127,7 +142,7 @@ def test_finished_runs_are_not_written_over(cache, tmp_path):
         run(tmp_path, "--steps", "1", "--name", "mine")
 
 
-def test_a_model_from_a_folder_trains_on_data_from_a_file(tmp_path):
+def test_a_model_from_a_folder_trains_on_data_from_a_file(tmp_path, monkeypatch):
     """--model DIR --data FILE.jsonl with a supervised warm start on the same rows; an architecture without the embedded policy's template."""
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
@@ -135,7 +150,12 @@ def test_a_model_from_a_folder_trains_on_data_from_a_file(tmp_path):
     tokenizer.save_pretrained(tmp_path / "model")
     row = {k: ROW[k] for k in ("messages", "tools", "gold")}
     (tmp_path / "data.jsonl").write_text("".join(json.dumps({**row, "demo": [{"think": "t", "response": None}]}) + "\n" for _ in range(6)))
-    run(tmp_path, "--model", str(tmp_path / "model"), "--data", str(tmp_path / "data.jsonl"), "--steps", "2", "--name", "other", "--eval-rows", "0")
+    more = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "data.jsonl"), "--steps", "2", "--name", "other", "--eval-rows", "0"]
+    with monkeypatch.context() as patch:
+        patch.setattr(rest, "train_step", lambda *_: 1 / 0)  # a crash in the first step does not lose the supervised steps
+        with pytest.raises(ZeroDivisionError):
+            run(tmp_path, *more)
+    run(tmp_path, *more, "--resume")
     before = torch.cat([p.flatten() for p in policy.load_model(tmp_path / "model")[0].parameters()])
     assert not torch.equal(before, weights(tmp_path / "other"))
 
@@ -144,7 +164,7 @@ def test_zero_steps_make_a_start_that_several_runs_share(cache, tmp_path):
     run(tmp_path, "--name", "start", "--steps", "0")
     assert not (tmp_path / "start/after.json").exists() and not (tmp_path / "start/metrics.csv").exists()
     for method in ("rest", "grpo"):
-        run(tmp_path, "--name", method, "--method", method, "--steps", "1", "--model", str(tmp_path / "start/checkpoint"))
+        run(tmp_path, "--name", method, "--method", method, "--steps", "1", "--model", str(tmp_path / "start"), "--warm-start-steps", "0")
         assert (tmp_path / method / "before.json").read_text() == (tmp_path / "start/before.json").read_text()
 
 
