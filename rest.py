@@ -299,7 +299,7 @@ def rollout(model, tokenizer, rows, cfg, seed=0, group=None, greedy=False, toolb
     model.eval()
     with sharing(model) if shared else nullcontext(), autocast(model) or nullcontext():
         decoder = (SharedDecoder if shared else PlainDecoder)(model, prompts, G, T, cfg.cuda_graph)
-        slots, width = list(range(N)), decoder.groups  # slot -> episode (N: none); `width` slots to a group
+        slots, width, alive = list(range(N)), decoder.groups, N  # slot -> episode (N: none); `width` slots to a group
         slot_rows, logits = torch.arange(N, device=device), decoder.prefill()
         for t in range(T):
             logits = logits.float() / cfg.temperature  # (S, V)
@@ -317,7 +317,6 @@ def rollout(model, tokenizer, rows, cfg, seed=0, group=None, greedy=False, toolb
             tokens[slot_rows, t], sampled[slot_rows, t] = chosen, mask
             logp[slot_rows, t] = torch.where(mask, log_p.gather(1, chosen[:, None])[:, 0], 0.0)
             entropy[slot_rows, t] = torch.where(mask, -torch.where(p > 0, p * log_p, 0.0).sum(-1), 0.0)
-            alive = len(slots) - slots.count(N)
             for s, (i, x) in enumerate(zip(slots, ids)):
                 if i == N:
                     continue
@@ -337,7 +336,7 @@ def rollout(model, tokenizer, rows, cfg, seed=0, group=None, greedy=False, toolb
             if left == 0 or t == T - 1:
                 break
             if left < alive:
-                groups = [slots[a:a + width] for a in range(0, len(slots), width)]
+                alive, groups = left, [slots[a:a + width] for a in range(0, len(slots), width)]
                 keep = [k for k, g in enumerate(groups) if any(i < N for i in g)]
                 new = max(sum(i < N for i in groups[k]) for k in keep)
                 if len(keep) * new <= decoder.shrink * len(slots):  # drop finished groups, and narrow the rest to the fullest one

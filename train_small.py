@@ -262,7 +262,8 @@ def train(run, cfg, device):
     finally:
         signal.signal(signal.SIGINT, before_interrupt)
     total = max(time.perf_counter() - started, 1e-9)
-    save(folder, model, tokenizer, optimizer, cfg.steps)
+    if first < cfg.steps or not (folder / "checkpoint").exists():
+        save(folder, model, tokenizer, optimizer, cfg.steps)
     log.write_csv()
     if test and cfg.steps > 0:
         after = measure(model, tokenizer, test, run, cfg, instructions, "evaluating the end")

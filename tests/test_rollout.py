@@ -186,10 +186,11 @@ def test_the_static_step_that_a_graph_holds_decodes_the_same(tokenizer, name, mo
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU there is nothing to capture")
-def test_a_step_that_cannot_be_captured_is_decoded_eagerly(tokenizer, monkeypatch, caplog):
+@pytest.mark.parametrize("record", [rest.SharedDecoder.record, lambda work: (lambda: None, work())], ids=["refused", "empty graph"])
+def test_a_step_that_cannot_be_captured_is_decoded_eagerly(tokenizer, monkeypatch, caplog, record):
     model, cfg = qwen3(), config(max_completion_tokens=20)
     a = rest.rollout(model, tokenizer, [ROW, LONG], cfg, seed=3)
-    monkeypatch.setattr(Graphed, "record", staticmethod(rest.SharedDecoder.record))
+    monkeypatch.setattr(Graphed, "record", staticmethod(record))
     monkeypatch.setattr(rest, "SharedDecoder", Graphed)
     b = rest.rollout(model, tokenizer, [ROW, LONG], cfg, seed=3)
     assert torch.equal(a.tokens, b.tokens) and torch.equal(a.logp, b.logp) and caplog.text.count("without a CUDA graph") == 1

@@ -232,5 +232,5 @@ def load_model(path, dtype=torch.float32, gradient_checkpointing=False):
         raise ValueError(f"{path} has no chat template; use an instruct model, or set tokenizer.chat_template and save it to a folder")
     model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, **kwargs, **quantization)
     if gradient_checkpointing:  # its name since transformers 5.23, and before
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
     return model, tokenizer

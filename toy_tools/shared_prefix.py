@@ -218,7 +218,7 @@ class SharedDecoder:
             ids.copy_(new_ids)
             column.fill_(t)
             run()
-            return logits.clone()
+            return logits  # until the next replay writes over them
         if not close(replay(ids, t), expected):
             raise RuntimeError("the captured step differs from the eager one")
         return replay
