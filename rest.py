@@ -48,7 +48,7 @@ from torch.utils.checkpoint import checkpoint
 
 from toy_tools.chat import encode_prompt, encode_results
 from toy_tools.jsons import SPACE, check, same_value, scan_object
-from toy_tools.shared_prefix import PackedLayout, PlainDecoder, SharedDecoder, autocast, can_share, left_pad, sharing
+from toy_tools.shared_prefix import PackedLayout, PlainDecoder, SharedDecoder, autocast, can_share, drop_finished, left_pad, sharing
 
 log = logging.getLogger("rest")
 
@@ -90,6 +90,7 @@ class Config:
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient norm is clipped to this."})
     shared_prefix: bool = field(default=True, metadata={"help": "Forward each prompt once per group, not once per completion."})
     cuda_graph: bool = field(default=True, metadata={"help": "On a GPU, capture the decoding step as a CUDA graph and replay it."})
+    compile_decode: bool = field(default=False, metadata={"help": "torch.compile the decoding step: faster after about a minute, once."})
     tool_timeout: float = field(default=2.0, metadata={"help": "Seconds a tool may take before the model reads a time-out."})
     seed: int = field(default=0, metadata={"help": "Seed of data order and sampling."})
 
@@ -273,88 +274,85 @@ def eos_ids(model, tokenizer):
     return {tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])} - {None}
 
 
+def sample(logits, uniforms, temperature, greedy=False):
+    """One token per row from softmax(logits / temperature): ids int64 [S], their logp and the entropy in nats, float32 [S].
+
+    logits [S, V]; uniforms float [S] in [0, 1), by which the cumulative distribution is inverted (not read if greedy)."""
+    log_p = F.log_softmax(logits.float() / temperature, -1)  # (S, V)
+    p = log_p.exp()                                          # (S, V)
+    if greedy:
+        ids = logits.argmax(-1)                              # (S,)
+    else:
+        cdf = p.cumsum(-1)                                   # (S, V)
+        ids = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=p.shape[-1] - 1)
+    return ids, log_p.gather(1, ids[:, None])[:, 0], torch.special.entr(p).sum(-1)  # entr(p) = -p log p, and 0 at p = 0
+
+
 @torch.no_grad()
 def rollout(model, tokenizer, rows, cfg, seed=0, group=None, greedy=False, toolbox_for=None, instructions=""):
     """Sample `group` (default cfg.group) completions for each row; returns a Rollout.
 
-    All rows advance in lockstep, one token a step, sampled or forced: a tool's result is a queue of forced tokens that pass through the same
-    loop, so nothing is ever re-tokenised and no cache is rebuilt. Finished rows leave the batch. Row i draws from its own stream of
-    uniforms, so what it samples does not depend on which other rows are still there.
+    All episodes advance in lockstep, one token a step, sampled or forced: a tool's result is a queue of forced tokens that pass through the
+    same loop, so nothing is ever re-tokenised and no cache is rebuilt. Finished episodes leave the batch. Each draws from its own stream of
+    uniforms, so what it samples does not depend on which others are still there.
     With cfg.max_turns > 1, `toolbox_for(row)` gives each episode an object with `.functions`, and its calls are executed.
     """
-    model_was_training, G, T = model.training, cfg.group if group is None else group, cfg.max_completion_tokens
+    was_training, G, T = model.training, cfg.group if group is None else group, cfg.max_completion_tokens
     live = cfg.max_turns > 1 and toolbox_for is not None
-    N, device, ends = len(rows) * G, next(model.parameters()).device, eos_ids(model, tokenizer)
+    N, device = len(rows) * G, next(model.parameters()).device
+    ends = torch.tensor(sorted(eos_ids(model, tokenizer)), device=device)
     encoded = [encode_prompt(tokenizer, row["messages"], row["tools"], instructions) for row in rows]
-    prompts, queues = [ids for ids, _ in encoded], [deque(forced) for _, forced in encoded for _ in range(G)]
+    prompts, queues = [ids for ids, _ in encoded], {i: deque(encoded[i // G][1]) for i in range(N) if encoded[i // G][1]}
     boxes = [toolbox_for(row) for row in rows for _ in range(G)] if live else None
-    uniforms = torch.rand(N, T, generator=torch.Generator().manual_seed(seed)).clamp_(max=1 - 1e-6).to(device)
-    # row N is where slots of finished episodes write until they are removed
-    tokens, sampled = torch.zeros(N + 1, T, dtype=torch.long, device=device), torch.zeros(N + 1, T, dtype=torch.bool, device=device)
+    spare = N  # the row of the tensors where slots of finished episodes write until they leave
+    uniforms = torch.rand(N, T, generator=torch.Generator().manual_seed(seed)).clamp_(max=1 - 1e-6)
+    uniforms = torch.cat([uniforms, uniforms[:1]]).to(device)                                            # (N+1, T)
+    tokens, sampled = (torch.zeros(N + 1, T, dtype=dtype, device=device) for dtype in (torch.long, torch.bool))
     logp, entropy = torch.zeros(N + 1, T, device=device), torch.zeros(N + 1, T, device=device)
-    uniforms = torch.cat([uniforms, uniforms[:1]])
-    out_ids, starts = [[] for _ in range(N)], [0] * N
-    turns, texts, truncated = [[] for _ in range(N)], [[] for _ in range(N)], [True] * N
+    starts, length, truncated = [0] * N, [T] * N, [True] * N
+    turns, texts = [[] for _ in range(N)], [[] for _ in range(N)]
+
+    def finish_turn(i, start, end, text_end):
+        turns[i].append((start, end))
+        texts[i].append(tokenizer.decode(tokens[i, start:text_end], clean_up_tokenization_spaces=False))
     shared = cfg.shared_prefix and can_share(model)
     model.eval()
-    with sharing(model) if shared else nullcontext(), autocast(model) or nullcontext():
-        decoder = (SharedDecoder if shared else PlainDecoder)(model, prompts, G, T, cfg.cuda_graph)
-        slots, width, alive = list(range(N)), decoder.groups, N  # slot -> episode (N: none); `width` slots to a group
-        slot_rows, logits = torch.arange(N, device=device), decoder.prefill()
+    with sharing(model) if shared else nullcontext(), autocast(model):
+        decoder = (SharedDecoder if shared else PlainDecoder)(model, prompts, G, T, cfg.cuda_graph, cfg.compile_decode)
+        slots = list(range(N))  # the episode of each row of the decoder's batch
+        at, logits = torch.arange(N, device=device), decoder.prefill()                                   # (S,) and (S, V)
         for t in range(T):
-            logits = logits.float() / cfg.temperature  # (S, V)
-            log_p = logits - logits.logsumexp(-1, keepdim=True)
-            p = log_p.exp()
-            if greedy:
-                chosen = logits.argmax(-1)
-            else:  # inverse transform sampling with the row's own uniform number
-                cdf = p.cumsum(-1)
-                chosen = (cdf <= uniforms[slot_rows, t, None] * cdf[:, -1:]).sum(-1).clamp(max=p.shape[-1] - 1)
-            ids = chosen.tolist()
-            free = [i < N and not queues[i] for i in slots]  # the sampled/forced mask is written here, where tokens are made
-            ids = [x if f or i == N else queues[i].popleft() for x, f, i in zip(ids, free, slots)]
-            chosen, mask = torch.tensor(ids, device=device), torch.tensor(free, device=device)
-            tokens[slot_rows, t], sampled[slot_rows, t] = chosen, mask
-            logp[slot_rows, t] = torch.where(mask, log_p.gather(1, chosen[:, None])[:, 0], 0.0)
-            entropy[slot_rows, t] = torch.where(mask, -torch.where(p > 0, p * log_p, 0.0).sum(-1), 0.0)
-            for s, (i, x) in enumerate(zip(slots, ids)):
-                if i == N:
+            chosen, logp_t, entropy_t = sample(logits, uniforms[at, t], cfg.temperature, greedy)         # (S,) each
+            mask = torch.ones_like(chosen, dtype=torch.bool)  # sampled or forced: decided here, where tokens are made
+            if forced := [s for s, i in enumerate(slots) if queues.get(i)]:
+                chosen[forced] = torch.tensor([queues[slots[s]].popleft() for s in forced], device=device)
+                mask[forced] = False
+            tokens[at, t], sampled[at, t] = chosen, mask
+            logp[at, t], entropy[at, t] = torch.where(mask, logp_t, 0.0), torch.where(mask, entropy_t, 0.0)
+            finished = False
+            for s in (mask & torch.isin(chosen, ends)).nonzero()[:, 0].tolist():  # turns that end here
+                if (i := slots[s]) == spare:
                     continue
-                out_ids[i].append(x)
-                if free[s] and x in ends:
-                    turns[i].append((starts[i], t + 1))
-                    texts[i].append(tokenizer.decode(out_ids[i][starts[i]:-1], clean_up_tokenization_spaces=False))
-                    calls = parse_calls(texts[i][-1]) if live and len(turns[i]) < cfg.max_turns else []
-                    if calls:
-                        results = execute(calls, boxes[i].functions, rows[i // G]["tools"], cfg.tool_timeout)
-                        suffix, forced = encode_results(tokenizer, results)
-                        queues[i].extend(suffix + forced)
-                        starts[i] = t + 1 + len(suffix)
-                    else:
-                        truncated[i], slots[s] = False, N
-            left = len(slots) - slots.count(N)
-            if left == 0 or t == T - 1:
+                finish_turn(i, starts[i], t + 1, t)
+                calls = parse_calls(texts[i][-1]) if live and len(turns[i]) < cfg.max_turns else []
+                if calls:
+                    suffix, opening = encode_results(tokenizer, execute(calls, boxes[i].functions, rows[i // G]["tools"], cfg.tool_timeout))
+                    queues[i], starts[i] = deque(suffix + opening), t + 1 + len(suffix)
+                else:
+                    length[i], truncated[i], slots[s], finished = t + 1, False, spare, True
+            if t == T - 1 or slots.count(spare) == len(slots):
                 break
-            if left < alive:
-                alive, groups = left, [slots[a:a + width] for a in range(0, len(slots), width)]
-                keep = [k for k, g in enumerate(groups) if any(i < N for i in g)]
-                new = max(sum(i < N for i in groups[k]) for k in keep)
-                if len(keep) * new <= decoder.shrink * len(slots):  # drop finished groups, and narrow the rest to the fullest one
-                    order = [k * width + s for k in keep for s in sorted(range(width), key=lambda s: groups[k][s] == N)[:new]]
-                    index = torch.tensor(order, device=device)
-                    decoder.select(torch.tensor(keep, device=device), index, new)
-                    slots, width, chosen = [slots[s] for s in order], new, chosen[index]
-                slot_rows = torch.tensor(slots, device=device)
+            if finished:
+                slots, kept = drop_finished(decoder, slots, spare)
+                at, chosen = torch.tensor(slots, device=device), chosen[kept]
             logits = decoder.step(chosen, t)
-    model.train(model_was_training)
+    model.train(was_training)
     for i in range(N):
-        if truncated[i] and starts[i] < len(out_ids[i]):  # the turn that was cut is scored as it stands
-            turns[i].append((starts[i], len(out_ids[i])))
-            texts[i].append(tokenizer.decode(out_ids[i][starts[i]:], clean_up_tokenization_spaces=False))
-    length = torch.tensor([len(ids) for ids in out_ids], device=device)
-    used = int(length.max())
-    tokens, sampled, logp, entropy = (x[:N, :used].contiguous() for x in (tokens, sampled, logp, entropy))
-    return Rollout(rows, prompts, G, tokens, sampled, logp, entropy, length, torch.tensor(truncated, device=device), turns, texts)
+        if truncated[i] and starts[i] < T:  # the turn that was cut is scored as it stands
+            finish_turn(i, starts[i], T, T)
+    tokens, sampled, logp, entropy = (x[:N, :max(length)].contiguous() for x in (tokens, sampled, logp, entropy))
+    length, truncated = torch.tensor(length, device=device), torch.tensor(truncated, device=device)
+    return Rollout(rows, prompts, G, tokens, sampled, logp, entropy, length, truncated, turns, texts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- regions
@@ -544,47 +542,41 @@ def official_weights(touched, mask, step):
 
 
 def token_weights(region, touched, entropy, mask, cfg, step):
-    """Weights float [N, T] of a rollout batch, mean 1 per completion, fixed over all passes; and the region weights [6] or None.
-
-    No gradient passes: entropy is the number recorded at rollout."""
+    """Weights float [N, T] of a rollout batch, mean 1 per completion, fixed over all passes; no gradient passes: entropy is the number
+    recorded at rollout. (rest-official, as in the authors' code: mean 1 over the tokens of positive weight.)"""
     if cfg.method in ("grpo", "dr-grpo"):
-        return normalise_weights(torch.ones_like(entropy), mask), None
+        return normalise_weights(torch.ones_like(entropy), mask)
     if cfg.method == "rest-official":
-        return official_weights(touched, mask, step), None
+        return official_weights(touched, mask, step)
     if cfg.method == "top-entropy":  # arXiv 2506.01939: the opposite belief, only the least certain tokens matter
         kept = entropy[mask].sort(descending=True).values[:max(1, round(cfg.top_entropy_fraction * int(mask.sum())))]
-        return normalise_weights((entropy >= kept[-1]).float(), mask), None
-    raw = raw_weights(region_entropy(entropy, region, mask), cfg.raw_weight, cfg.min_entropy)
+        return normalise_weights((entropy >= kept[-1]).float(), mask)
+    raw = raw_weights(region_entropy(entropy, region, mask), cfg.raw_weight, cfg.min_entropy)  # (6,)
     raw = raw / raw[region[mask]].mean()
-    weight = curriculum(raw, 0.0 if cfg.method == "rest-static" else step / cfg.steps, cfg)
+    weight = curriculum(raw, 0.0 if cfg.method == "rest-static" else step / cfg.steps, cfg)    # (6,)
     if cfg.method == "no-thought":
         weight[THOUGHT] = 0.0
-    return normalise_weights(weight[region.clamp(min=0)], mask), weight
+    return normalise_weights(weight[region.clamp(min=0)], mask)                               # (N, T)
 
 
 # -------------------------------------------------------------------------------------------------- log-probabilities and loss
 
 def token_logps(x, targets, temperature, head=None, chunk_elements=2**26):
-    """logp float32 [M] of targets [M] under softmax(logits / temperature), and entropy [M] in nats without gradient.
+    """logp float32 [M] of targets [M] under softmax(logits / temperature).
 
     x: hidden states [M, H] with their output layer `head`, or logits [M, V]. Works in chunks whose float32 logits are recomputed in
     the backward pass, so that [M, V] floats never exist at once for a large vocabulary."""
     def one(x, targets):
         logits = (head(x) if head is not None else x).float() / temperature  # (m, V)
-        lse = logits.logsumexp(-1)
-        with torch.no_grad():
-            log_p = logits - lse[:, None]
-            entropy = -torch.where(log_p > -torch.inf, log_p.exp() * log_p, 0.0).sum(-1)
-        return logits.gather(1, targets[:, None])[:, 0] - lse, entropy
-    rows = max(1, chunk_elements // (head.weight.shape[0] if head is not None else x.shape[-1]))
-    if len(x) <= rows:
+        return -F.cross_entropy(logits, targets, reduction="none")           # (m,)
+    size = max(1, chunk_elements // (head.weight.shape[0] if head is not None else x.shape[-1]))
+    if len(x) <= size:
         return one(x, targets)
-    parts = [checkpoint(one, a, b, use_reentrant=False) for a, b in zip(x.split(rows), targets.split(rows))]
-    return tuple(torch.cat(part) for part in zip(*parts))
+    return torch.cat([checkpoint(one, a, b, use_reentrant=False) for a, b in zip(x.split(size), targets.split(size))])
 
 
 def completion_logps(model, prompts, completions, temperature, shared):
-    """logp and entropy, float32 [P, G, T], of completion tokens [P, G, T] after their prompts (P id lists), with gradient through logp.
+    """logp float32 [P, G, T] of completion tokens [P, G, T] after their prompts (P id lists), with gradient.
 
     shared: one batch row per prompt, [prompt | G completions], each prompt forwarded once, with gradient; exact, see PackedLayout.
     Otherwise each completion is forwarded behind its own copy of the prompt. Padding behind a completion is never seen by what precedes it."""
@@ -593,7 +585,7 @@ def completion_logps(model, prompts, completions, temperature, shared):
     Lp, count = ids.shape[1], mask.sum(1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)  # (P, Lp)
     after = count[:, None] + torch.arange(T, device=device)  # (P, T) positions of completion tokens
-    with autocast(model) or nullcontext():
+    with autocast(model):
         if shared:
             with sharing(model):
                 hidden = model.base_model(input_ids=torch.cat([ids, completions.flatten(1)], 1),  # (P, Lp+G*T)
@@ -609,8 +601,7 @@ def completion_logps(model, prompts, completions, temperature, shared):
             logits = model(input_ids=torch.cat([repeat(ids), completions.flatten(0, 1)], 1), attention_mask=full.long(),
                            position_ids=torch.cat([repeat(positions), repeat(after)], 1), use_cache=False, logits_to_keep=T + 1).logits
             x, head = logits[:, -T - 1:-1].flatten(0, 1), None  # logits at t-1 predict token t
-        logp, entropy = token_logps(x, completions.flatten(), temperature, head)
-    return logp.view(P, G, T), entropy.view(P, G, T)
+        return token_logps(x, completions.flatten(), temperature, head).view(P, G, T)
 
 
 def loss_scale(mask, weight, aggregation, max_tokens):
@@ -673,9 +664,8 @@ def update(model, optimizer, batch, advantages, weight, cfg):
             rows = torch.tensor([p * G + g for p, members in part for g in members], device=batch.tokens.device)
             T = int(batch.length[rows].max())
             logp_old, mask = batch.logp[rows, :T], batch.sampled[rows, :T]
-            logp, _ = completion_logps(model, [batch.prompts[p] for p, _ in part], batch.tokens[rows, :T].view(len(part), -1, T),
-                                       cfg.temperature, shared)
-            logp = logp.flatten(0, 1)  # (n, T)
+            logp = completion_logps(model, [batch.prompts[p] for p, _ in part], batch.tokens[rows, :T].view(len(part), -1, T),
+                                    cfg.temperature, shared).flatten(0, 1)  # (n, T)
             micro = policy_loss(logp, logp_old, advantages[rows], weight[rows, :T], mask, scale[rows], cfg.clip)
             with sharing(model) if shared else nullcontext():  # gradient checkpointing forwards again in here
                 micro.backward()
@@ -721,7 +711,7 @@ def train_step(model, tokenizer, optimizer, rows, cfg, step, toolbox_for=None, i
     rewards = torch.tensor([episode_reward(f, c, step / cfg.steps, cfg.reward_scaling) for f, c, _ in scores], device=batch.tokens.device)
     advantages = group_advantages(rewards.view(-1, batch.group), cfg.method != "dr-grpo", cfg.delta).flatten()  # (N,)
     region, touched = token_regions(tokenizer, batch, eos_ids(model, tokenizer))
-    weight, region_weight = token_weights(region, touched, batch.entropy, batch.sampled, cfg, step)
+    weight = token_weights(region, touched, batch.entropy, batch.sampled, cfg, step)
     clock("reward")
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(cfg, step)

@@ -1,9 +1,8 @@
 """Speed and memory of one ResT step against TRL's GRPOTrainer (optional part trl, transformers backend) and plain `generate`:
 
     python tests/bench.py                      # about 12 minutes on 2 cores; writes results/bench.csv, prints a Markdown table
-    python tests/bench.py --scaling --repeats 3
-    python tests/bench.py --device cuda --dtype bfloat16 --size 135m --shapes 300x128x8x64 --arms ours eager generate
-    python tests/bench.py --device cuda --dtype bfloat16 --size 0.6b --shapes 300x128x8x16 --arms ours trl
+    python tests/bench.py --scaling --repeats 3 --no-memory --arms ours generate trl --out results/bench-scaling.csv
+    python tests/bench.py --gpu                # on a GPU: PLANS["gpu"], three model sizes in bfloat16; writes results/bench-gpu.csv
 
 Same work in all arms: same weights, dtype, prompt ids, batch, temperature and completion length (the end token lies outside the model's
 vocabulary, so that every completion takes its full length), random rewards that differ within every group, fused AdamW, and arms that take
@@ -11,6 +10,7 @@ turns. Each arm is run once before the clock starts. Shapes are PROMPTxCOMPLETIO
 trailing `r` makes completions end early, at the same ragged lengths in every arm (rollouts only).
 
   ours      rest.rollout, rest.token_weights, rest.update, with each prompt shared by its group
+  compiled  the same with the decoding step compiled by torch.compile (about a minute before the clock starts)
   eager     the same without a CUDA graph (GPU only)
   plain     the same without sharing (--shared_prefix False): the model's own attention and cache
   generate  model.generate on the same prompts (rollout only)
@@ -36,7 +36,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -51,10 +50,14 @@ from transformers import (GenerationConfig, LlamaConfig, LlamaForCausalLM, Logit
 import rest
 from toy_tools.policy import build_model, load_model
 
-ARMS = ("ours", "eager", "plain", "generate", "trl")
+ARMS = ("ours", "compiled", "eager", "plain", "generate", "trl")
 SHAPES = ["200x96x8x16", "700x80x8x8", "200x96x8x16r"]
+GPU_PLANS = (  # of --gpu: size, shapes, arms, micro-batch tokens (ours), completions a micro-batch (TRL)
+    ("1m", SHAPES, ARMS, 2**15, 0),
+    ("135m", ["300x128x8x64"], ("ours", "compiled", "eager", "generate"), 2**15, 0),
+    ("0.6b", ["300x128x8x16"], ("ours", "compiled", "trl"), 2**13, 32))
 SCALING = ([f"200x96x{g}x8" for g in (2, 4, 8, 16)] + [f"{n}x96x8x8" for n in (100, 400, 800, 1600)] + [f"200x96x8x{p}" for p in (2, 4, 16, 32)])
-FIELDS = ("shape", "arm", "repeat", "rollout_s", "update_s", "step_s", "tokens", "peak_mib", "parameters", "device", "dtype", "threads")
+FIELDS = ("size", "shape", "arm", "repeat", "rollout_s", "update_s", "step_s", "tokens", "peak_mib", "parameters", "device", "dtype", "threads")
 LEARNING_RATE, MEAN_LENGTH = 1e-5, 0.4  # ragged completions end at a token with probability 1 / (MEAN_LENGTH * COMPLETION)
 
 
@@ -122,7 +125,7 @@ class RaggedEnds(LogitsProcessor):
         return scores.masked_fill(ends[:, None] & scores.isfinite(), -torch.inf).nan_to_num(posinf=0.0)
 
 
-def make_ours(setting, shared=True, graph=True):
+def make_ours(setting, shared=True, graph=True, compiled=False):
     """step(repeat) -> {rollout_s, update_s, tokens} of rest.py."""
     model = setting.model()
     if setting.ragged:  # a constant chance of the end token, whatever the weights say
@@ -134,7 +137,7 @@ def make_ours(setting, shared=True, graph=True):
         rest.can_share(model)
         model.get_output_embeddings().register_forward_hook(end_sometimes)
     cfg = rest.Config(prompts=setting.prompts, group=setting.group, max_completion_tokens=setting.length, shared_prefix=shared, cuda_graph=graph,
-                      temperature=setting.args.temperature, learning_rate=LEARNING_RATE,
+                      compile_decode=compiled, temperature=setting.args.temperature, learning_rate=LEARNING_RATE,
                       **({"micro_batch_tokens": setting.args.micro_batch_tokens} if setting.args.micro_batch_tokens else {}))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     rows = [{"messages": [{"role": "user", "content": text}], "tools": []} for text in setting.texts]
@@ -150,7 +153,7 @@ def make_ours(setting, shared=True, graph=True):
         rewards = torch.rand(setting.prompts, setting.group, generator=torch.Generator().manual_seed(repeat)).to(batch.tokens.device)
         advantages = rest.group_advantages(rewards).flatten()
         region, touched = rest.token_regions(setting.tokenizer, batch, rest.eos_ids(model, setting.tokenizer))
-        weight, _ = rest.token_weights(region, touched, batch.entropy, batch.sampled, cfg, step=0)
+        weight = rest.token_weights(region, touched, batch.entropy, batch.sampled, cfg, step=0)
         metrics = rest.update(model, optimizer, batch, advantages, weight, cfg)
         if metrics["skipped_updates"]:
             raise RuntimeError("the update was skipped: its loss or gradient was not finite")
@@ -165,7 +168,7 @@ def make_generate(setting):
         torch.manual_seed(repeat)
         script = [RaggedEnds(setting, setting.lengths)] if setting.ragged else None
         start = clock(setting)
-        with torch.no_grad(), rest.autocast(model) or nullcontext():
+        with torch.no_grad(), rest.autocast(model):
             out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=setting.args.temperature,
                                  top_k=0, top_p=1.0, max_new_tokens=setting.length, logits_processor=script, disable_compile=True)
         end = clock(setting)
@@ -208,7 +211,7 @@ def make_trl(setting):
         args=GRPOConfig(
             output_dir=tempfile.mkdtemp(), max_steps=1, per_device_train_batch_size=micro, gradient_accumulation_steps=N // micro,
             num_generations=setting.group, max_completion_length=setting.length, temperature=args.temperature, beta=0.0, loss_type="grpo",
-            learning_rate=LEARNING_RATE, lr_scheduler_type="constant", optim="adamw_torch_fused", max_grad_norm=1.0, bf16=rest.autocast(model) is not None,
+            learning_rate=LEARNING_RATE, lr_scheduler_type="constant", optim="adamw_torch_fused", max_grad_norm=1.0, bf16=isinstance(rest.autocast(model), torch.autocast),
             gradient_checkpointing=False, use_cpu=args.device == "cpu", dataloader_pin_memory=False, report_to="none", save_strategy="no",
             logging_strategy="no", disable_tqdm=True))
     trainer.remove_callback(PrinterCallback)
@@ -221,7 +224,8 @@ def make_trl(setting):
     return step
 
 
-MAKERS = {"ours": make_ours, "eager": lambda setting: make_ours(setting, graph=False), "plain": lambda setting: make_ours(setting, shared=False), "generate": make_generate, "trl": make_trl}
+MAKERS = {"ours": make_ours, "compiled": lambda setting: make_ours(setting, compiled=True), "eager": lambda setting: make_ours(setting, graph=False),
+          "plain": lambda setting: make_ours(setting, shared=False), "generate": make_generate, "trl": make_trl}
 
 
 def resident(peak):
@@ -245,11 +249,15 @@ def probe(arm, shape, args):
     return (torch.cuda.max_memory_allocated() if args.device == "cuda" else resident(True)) - before
 
 
-def peak_memory(arm, shape, argv):
-    done = subprocess.run([sys.executable, __file__, *argv, "--probe", arm, "--shapes", shape], capture_output=True, text=True)
+def peak_memory(arm, shape, args):
+    same = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in PROBED if getattr(args, name) is not None]
+    done = subprocess.run([sys.executable, __file__, *same, "--probe", arm, "--shapes", shape], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the memory probe of {arm} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1]) / 2**20
+
+
+PROBED = ("size", "model", "device", "dtype", "threads", "temperature", "micro_batch_tokens", "trl_micro_batch")
 
 
 def spread(values, digits=2):
@@ -273,7 +281,7 @@ def limits(setting, found):
     args, model = setting.args, setting.model()
     big = torch.ones(2**28 if args.device == "cuda" else 2**26, device=args.device)  # 1 GiB or 256 MiB of float32
     bandwidth = big.numel() * 4 / fastest(big.sum, args)
-    dtype = torch.bfloat16 if rest.autocast(model) else getattr(torch, args.dtype)
+    dtype = torch.bfloat16 if isinstance(rest.autocast(model), torch.autocast) else getattr(torch, args.dtype)
     n = 8192 if args.device == "cuda" else 2048
     a, b = (torch.randn(n, n, device=args.device).to(dtype) for _ in range(2))
     rate, c, lines = 2 * n**3 / fastest(lambda: a @ b, args), model.config, []
@@ -283,7 +291,7 @@ def limits(setting, found):
     lines.append(f"This run measured {bandwidth / 1e9:.0f} GB/s of reading and {rate / 1e12:.2f} TFLOP/s of {str(dtype)[6:]} matmul.")
     for shape, arm in dict.fromkeys((row["shape"], row["arm"]) for row in found):
         rows = [row for row in found if (row["shape"], row["arm"]) == (shape, arm)]
-        if arm not in ("ours", "eager") or "update_s" not in rows[0]:
+        if arm not in ("ours", "compiled", "eager") or "update_s" not in rows[0]:
             continue
         prompt, length, group, prompts, _ = parse_shape(shape)
         read = length * ((body + head.numel()) * head.element_size() + per_token * prompts * (prompt + group * length / 2))
@@ -314,11 +322,36 @@ def table(found):
     return "\n".join(lines)
 
 
+def run_plan(args, shapes, writer, file):
+    """Runs args.arms on the shapes, writes a row per step, prints the table and the limits."""
+    found = []
+    for shape in shapes:
+        setting = Setting(shape, args)
+        names = [arm for arm in args.arms if not (setting.ragged and arm == "trl")]
+        peak = {} if args.no_memory else {arm: round(peak_memory(arm, shape, args)) for arm in names}
+        steps = {arm: MAKERS[arm](setting) for arm in names}
+        for repeat in range(-1, args.repeats):  # -1 warms up
+            for arm, step in steps.items():
+                row = step(repeat + 1)
+                if repeat >= 0:
+                    row |= {"size": args.model or args.size, "shape": shape, "arm": arm, "repeat": repeat,
+                            "parameters": setting.model().num_parameters(), "device": args.device, "dtype": args.dtype, "threads": args.threads}
+                    row |= {"peak_mib": peak[arm]} if peak else {}
+                    row |= {"step_s": row["rollout_s"] + row["update_s"]} if "update_s" in row else {}
+                    found.append(row)
+                    writer.writerow({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
+                    file.flush()
+                    print(f"{shape} {arm} {repeat}: rollout {row['rollout_s']:.2f} s, update {row.get('update_s', 0):.2f} s", flush=True)
+    print(f"\n{setting.model().num_parameters() / 1e6:.1f}M parameters, {args.device}, {args.dtype}, {args.threads} threads, "
+          f"median of {args.repeats}:\n\n{table(found)}\n\n{limits(setting, found)}\n")
+
+
 def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="PROMPTxCOMPLETIONxGROUPxPROMPTS, trailing r: ragged lengths")
     parser.add_argument("--scaling", action="store_true", help="shapes that vary the group size, the prompt length and the batch")
-    parser.add_argument("--arms", nargs="+", default=[arm for arm in ARMS if arm != "eager"], choices=ARMS)
+    parser.add_argument("--gpu", action="store_true", help="the whole measurement on a GPU: embedded policy, SmolLM2-135M and Qwen3-0.6B shapes")
+    parser.add_argument("--arms", nargs="+", default=["ours", "plain", "generate", "trl"], choices=ARMS)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--size", default="1m", choices=SIZES, help="random weights in the shape of the embedded policy, SmolLM2-135M or Qwen3-0.6B")
     parser.add_argument("--model", help="a folder or hub id, in place of --size")
@@ -330,42 +363,31 @@ def main(argv):
     parser.add_argument("--micro-batch-tokens", type=int, default=0, help="Config.micro_batch_tokens of our arms; 0: its default")
     parser.add_argument("--trl-micro-batch", type=int, default=0, help="completions per forward in TRL; 0: all of a step")
     parser.add_argument("--no-memory", action="store_true", help="skip the memory probes, which start one process per shape and arm")
-    parser.add_argument("--out", type=Path, default=Path("results/bench.csv"))
+    parser.add_argument("--out", type=Path, help="default results/bench.csv, with --gpu results/bench-gpu.csv")
     parser.add_argument("--probe", choices=ARMS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     if args.probe:
         print(json.dumps(probe(args.probe, args.shapes[0], args)))
         return
-    arms = [arm for arm in args.arms if arm != "trl" or importlib.util.find_spec("trl")]
-    if len(arms) < len(args.arms):
+    if args.gpu and not torch.cuda.is_available():
+        parser.error("--gpu needs a CUDA GPU, and there is none here")
+    plans = ((args.size, SCALING if args.scaling else args.shapes, args.arms, args.micro_batch_tokens, args.trl_micro_batch),)
+    if args.gpu:
+        args.device, args.dtype, plans = "cuda", "bfloat16", GPU_PLANS
+    missing = not importlib.util.find_spec("trl")
+    if missing and any("trl" in arms for _, _, arms, *_ in plans):
         print("trl is not installed, so its arm is left out (pip install trl)")
-    found, args.out = [], args.out.resolve()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with open(args.out, "w", newline="") as file:
+    out = (args.out or Path("results/bench-gpu.csv" if args.gpu else "results/bench.csv")).resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out, "w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
-        for shape in SCALING if args.scaling else args.shapes:
-            setting = Setting(shape, args)
-            names = [arm for arm in arms if not (setting.ragged and arm == "trl")]
-            if setting.ragged and "generate" in names and not {"ours", "plain"} & set(names):
+        for args.size, shapes, arms, args.micro_batch_tokens, args.trl_micro_batch in plans:
+            args.arms = [arm for arm in arms if not (missing and arm == "trl")]
+            if any(shape.endswith("r") for shape in shapes) and "generate" in args.arms and not {"ours", "plain"} & set(args.arms):
                 parser.error("ragged shapes take their lengths from our rollout: add ours or plain to --arms")
-            peak = {} if args.no_memory else {arm: round(peak_memory(arm, shape, argv)) for arm in names}
-            steps = {arm: MAKERS[arm](setting) for arm in names}
-            for repeat in range(-1, args.repeats):  # -1 warms up
-                for arm, step in steps.items():
-                    row = step(repeat + 1)
-                    if repeat >= 0:
-                        row |= {"shape": shape, "arm": arm, "repeat": repeat, "parameters": setting.model().num_parameters(),
-                                "device": args.device, "dtype": args.dtype, "threads": args.threads}
-                        row |= {"peak_mib": peak[arm]} if peak else {}
-                        row |= {"step_s": row["rollout_s"] + row["update_s"]} if "update_s" in row else {}
-                        found.append(row)
-                        writer.writerow({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
-                        file.flush()
-                        print(f"{shape} {arm} {repeat}: rollout {row['rollout_s']:.2f} s, update {row.get('update_s', 0):.2f} s", flush=True)
-    print(f"\n{setting.model().num_parameters() / 1e6:.1f}M parameters, {args.device}, {args.dtype}, {args.threads} threads, "
-          f"median of {args.repeats}:\n\n{table(found)}\n\n{limits(setting, found)}")
+            run_plan(args, shapes, writer, file)
 
 
 if __name__ == "__main__":

@@ -154,7 +154,7 @@ def test_gradient_and_loss_follow_the_equations(method, aggregation):
     error below 2e-5, float32 rounding), with ragged prompts, forced tokens, clipped ratios and T != 1."""
     model, cfg = qwen3(V), config(method=method, aggregation=aggregation)
     batch, region, touched, advantages = make_batch(model)
-    weight, _ = rest.token_weights(region, touched, batch.entropy, batch.sampled, cfg, step=4)
+    weight = rest.token_weights(region, touched, batch.entropy, batch.sampled, cfg, step=4)
     expected = reference_weights(method, batch, region, touched, 4, 10)
     assert torch.allclose(weight.double(), expected, atol=1e-5)
     g, metrics = gradient(model, batch, advantages, weight, cfg)
@@ -166,7 +166,7 @@ def test_weights_average_one_in_every_completion():
     """Per-completion mean 1 over sampled tokens; over the positively weighted ones for rest-official; 0 outside."""
     for method in rest.METHODS:
         batch, region, touched, _ = make_batch(qwen3(V))
-        weight, _ = rest.token_weights(region, touched, batch.entropy, batch.sampled, config(method=method), step=7)
+        weight = rest.token_weights(region, touched, batch.entropy, batch.sampled, config(method=method), step=7)
         assert (weight[~batch.sampled] == 0).all() and (weight >= 0).all()
         for row, mask in zip(weight, batch.sampled):
             kept = row[mask & (row > 0)] if method == "rest-official" else row[mask]
@@ -188,7 +188,7 @@ def test_equal_weights_are_grpo_bit_for_bit(aggregation):
     model = qwen3(V)
     batch, region, touched, advantages = make_batch(model)
     even = torch.where(batch.sampled, 0.75, 0.0)  # sums of 0.75 are exact
-    weights = [rest.token_weights(region, touched, even, batch.sampled, config(method=m), step=5)[0] for m in ("rest-static", "grpo")]
+    weights = [rest.token_weights(region, touched, even, batch.sampled, config(method=m), step=5) for m in ("rest-static", "grpo")]
     assert torch.equal(*weights) and set(weights[0].unique().tolist()) == {0.0, 1.0}
     a, b = (gradient(model, batch, advantages, w, config(method=m, aggregation=aggregation))[0] for w, m in zip(weights, ("rest-static", "grpo")))
     assert torch.equal(a, b)
@@ -212,7 +212,7 @@ def test_with_the_samplers_logps_the_ratio_is_one(tokenizer, shared):
     model = qwen3()
     batch = rest.rollout(model, tokenizer, [ROW, {**ROW, "tools": []}], config(max_completion_tokens=24), seed=1)
     for temperature, same in ((0.7, True), (1.0, False)):
-        logp, _ = rest.completion_logps(model, batch.prompts, batch.tokens.view(2, G, -1), temperature, shared)
+        logp = rest.completion_logps(model, batch.prompts, batch.tokens.view(2, G, -1), temperature, shared)
         error = (logp.flatten(0, 1) - batch.logp)[batch.sampled].exp().sub(1).abs().max()
         assert (error < 1e-5) == same
 
@@ -234,8 +234,8 @@ def test_nothing_but_logp_carries_gradient_and_inputs_stay():
     A, entropy, mask = torch.randn(3, generator=g).requires_grad_(), torch.rand(3, 4, generator=g).requires_grad_(), torch.rand(3, 4, generator=g) > 0.2
     region = torch.randint(0, 6, (3, 4), generator=g)
     before = [x.detach().clone() for x in (logp, old, w, A, entropy, mask, region)]
-    weight, table = rest.token_weights(region, 1 << region, entropy, mask, config(), step=3)
-    assert not weight.requires_grad and not table.requires_grad
+    weight = rest.token_weights(region, 1 << region, entropy, mask, config(), step=3)
+    assert not weight.requires_grad
     rest.policy_loss(logp, old, A, w, mask, torch.ones(3), 0.2).backward()
     assert logp.grad is not None and all(x.grad is None for x in (old, w, A, entropy))
     assert all(torch.equal(x.detach(), y) for x, y in zip((logp, old, w, A, entropy, mask, region), before))
@@ -251,7 +251,7 @@ def test_surprising_batches_stay_finite():
         for method in rest.METHODS:
             if method == "top-entropy" and not mask.any():
                 continue
-            weight, _ = rest.token_weights(region, torch.where(region >= 0, 1 << region.clamp(min=0), 0), torch.zeros(2, 3), mask, config(method=method), 2)
+            weight = rest.token_weights(region, torch.where(region >= 0, 1 << region.clamp(min=0), 0), torch.zeros(2, 3), mask, config(method=method), 2)
             for aggregation in AGGREGATIONS:
                 scale = rest.loss_scale(mask, weight, aggregation, 8)
                 loss = rest.policy_loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2), weight, mask, scale, 0.2)
@@ -276,12 +276,12 @@ def test_forced_and_padding_positions_get_exactly_no_gradient_and_the_end_token_
         output.retain_grad()
         kept["logits"] = output
     with torch.no_grad():
-        old = rest.completion_logps(model, batch.prompts, ids, 0.7, shared=False)[0].flatten(0, 1)
+        old = rest.completion_logps(model, batch.prompts, ids, 0.7, shared=False).flatten(0, 1)
     advantages = torch.where(advantages == 0, 1.0, advantages)
 
     def trained(mask):
         handle = model.lm_head.register_forward_hook(keep)
-        logp = rest.completion_logps(model, batch.prompts, ids, 0.7, shared=False)[0].flatten(0, 1)
+        logp = rest.completion_logps(model, batch.prompts, ids, 0.7, shared=False).flatten(0, 1)
         handle.remove()
         rest.policy_loss(logp, old, advantages, weight, mask, scale, 0.2).backward()
         return kept["logits"].grad[:, -T - 1:-1].abs().sum(-1) > 0
@@ -295,25 +295,24 @@ def test_forced_and_padding_positions_get_exactly_no_gradient_and_the_end_token_
     forced = (~batch.sampled & (torch.arange(T) < batch.length[:, None])).nonzero()[0]
     other = ids.clone().flatten(0, 1)
     other[forced[0], forced[1]] = (other[forced[0], forced[1]] + 1) % V
-    changed = rest.completion_logps(model, batch.prompts, other.view(P, G, T), 0.7, shared=True)[0].flatten(0, 1)
+    changed = rest.completion_logps(model, batch.prompts, other.view(P, G, T), 0.7, shared=True).flatten(0, 1)
     assert not torch.allclose(changed[forced[0], forced[1] + 1], old[forced[0], forced[1] + 1])  # later tokens attend to forced ones
 
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("name", MODELS)
-def test_logps_and_entropies_equal_the_reference(name, shared):
+def test_logps_equal_the_reference(name, shared):
     """Pitfall 4: position-dependent logits. The logps of both forwards equal the unpadded float64 reference; shifted by one they don't."""
     model = MODELS[name]()
     batch, *_ = make_batch(model)
     assert rest.can_share(model)
-    logp, entropy = rest.completion_logps(model, batch.prompts, batch.tokens.view(P, G, T), 0.7, shared)
+    logp = rest.completion_logps(model, batch.prompts, batch.tokens.view(P, G, T), 0.7, shared)
     double = copy.deepcopy(model).double()
     for i in range(P * G):
         n = int(batch.length[i])
-        expected, p = reference_logp(double, batch.prompts[i // G], batch.tokens[i, :n], 0.7)
+        expected, _ = reference_logp(double, batch.prompts[i // G], batch.tokens[i, :n], 0.7)
         mine = logp.flatten(0, 1)[i, :n].double()
         assert torch.allclose(mine, expected, atol=1e-4) and not torch.allclose(mine[1:], expected[:-1], atol=1e-2)
-        assert torch.allclose(entropy.flatten(0, 1)[i, :n].double(), -(p * p.log()).sum(-1), atol=1e-4)
 
 
 # --------------------------------------------------------------------------------------- what the gradient must not depend on
@@ -337,7 +336,7 @@ def test_micro_batches_do_not_change_the_gradient(aggregation):
     the authors' code does, changes it by more than 1%."""
     model = qwen3(V)
     batch, region, touched, advantages = make_batch(model)
-    weight, _ = rest.token_weights(region, touched, batch.entropy, batch.sampled, config(), 4)
+    weight = rest.token_weights(region, touched, batch.entropy, batch.sampled, config(), 4)
     whole, _ = gradient(model, batch, advantages, weight, config(aggregation=aggregation, micro_batch_tokens=10**6))
     for budget in (1, 20, 30, 60):
         assert close(gradient(model, batch, advantages, weight, config(aggregation=aggregation, micro_batch_tokens=budget))[0], whole, 1e-5)
@@ -345,7 +344,7 @@ def test_micro_batches_do_not_change_the_gradient(aggregation):
     for rows in (range(0, 4), range(8, 12)):  # the broken variant: denominators of the micro-batch
         rows = list(rows)
         scale = rest.loss_scale(batch.sampled[rows], weight[rows], "token", 12) / 2
-        logp = rest.completion_logps(model, [batch.prompts[rows[0] // G]], batch.tokens[rows].view(1, G, T), 0.7, True)[0].flatten(0, 1)
+        logp = rest.completion_logps(model, [batch.prompts[rows[0] // G]], batch.tokens[rows].view(1, G, T), 0.7, True).flatten(0, 1)
         model.zero_grad()
         rest.policy_loss(logp, batch.logp[rows], advantages[rows], weight[rows], batch.sampled[rows], scale, 0.2).backward()
         wrong = wrong + torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -358,7 +357,7 @@ def test_shared_prefix_checkpointing_and_padding_do_not_change_the_gradient(name
     """The shared forward, gradient checkpointing, and columns of padding behind the completions each leave the gradient as it was (relative error 1e-5)."""
     model = MODELS[name]()
     batch, region, touched, advantages = make_batch(model)
-    weight, _ = rest.token_weights(region, touched, batch.entropy, batch.sampled, config(), 4)
+    weight = rest.token_weights(region, touched, batch.entropy, batch.sampled, config(), 4)
     plain, _ = gradient(model, batch, advantages, weight, config(shared_prefix=False))
     assert close(gradient(model, batch, advantages, weight, config())[0], plain, 1e-5)
     wide = copy.copy(batch)
@@ -372,7 +371,7 @@ def test_shared_prefix_checkpointing_and_padding_do_not_change_the_gradient(name
 def test_the_order_of_samples_does_not_change_the_gradient():
     model = qwen3(V)
     batch, region, touched, advantages = make_batch(model)
-    weight, _ = rest.token_weights(region, touched, batch.entropy, batch.sampled, config(), 4)
+    weight = rest.token_weights(region, touched, batch.entropy, batch.sampled, config(), 4)
     first, _ = gradient(model, batch, advantages, weight, config())
     groups = [2, 0, 1]
     order = torch.tensor([p * G + g for p in groups for g in (3, 1, 0, 2)])
@@ -380,7 +379,7 @@ def test_the_order_of_samples_does_not_change_the_gradient():
     moved.prompts = [batch.prompts[p] for p in groups]
     for name in ("tokens", "sampled", "logp", "entropy", "length"):
         setattr(moved, name, getattr(batch, name)[order])
-    weight, _ = rest.token_weights(region[order], touched[order], moved.entropy, moved.sampled, config(), 4)
+    weight = rest.token_weights(region[order], touched[order], moved.entropy, moved.sampled, config(), 4)
     assert close(gradient(model, moved, advantages[order], weight, config())[0], first, 1e-5)
 
 
@@ -392,15 +391,13 @@ def test_chunked_logps_equal_whole_ones():
         results = []
         for chunk in (2**20, 150):
             leaf = inputs.clone().requires_grad_()
-            logp, entropy = rest.token_logps(leaf, y, 0.5, h, chunk_elements=chunk)
+            logp = rest.token_logps(leaf, y, 0.5, h, chunk_elements=chunk)
             (logp * torch.arange(20)).sum().backward()
-            assert not entropy.requires_grad
-            results.append((logp.detach(), entropy, leaf.grad))
+            results.append((logp.detach(), leaf.grad))
         for a, b in zip(*results):
             assert torch.allclose(a, b, atol=1e-6)
         log_p = torch.log_softmax((inputs @ head.weight.T if h is not None else inputs).detach() / 0.5, -1)
         assert torch.allclose(results[0][0], log_p.gather(1, y[:, None])[:, 0], atol=1e-5)
-        assert torch.allclose(results[0][1], -(log_p.exp() * log_p).sum(-1), atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------- update and metrics
@@ -449,7 +446,7 @@ def test_a_non_finite_update_is_skipped_and_counted(bad):
 def test_several_passes_keep_weights_and_behaviour_logps():
     """passes=2 is two updates on the same batch, the second one off policy: its ratio differs from 1, so it is not twice the first gradient."""
     batch, region, touched, advantages = make_batch(qwen3(V), off_policy=0.0)
-    weight, _ = rest.token_weights(region, touched, batch.entropy, batch.sampled, config(), 4)
+    weight = rest.token_weights(region, touched, batch.entropy, batch.sampled, config(), 4)
     two, one = qwen3(V), qwen3(V)
     recorder, single = Recorder(two, rate=0.05), Recorder(one, rate=0.05)
     metrics = rest.update(two, recorder, batch, advantages, weight, config(passes=2))
@@ -503,6 +500,6 @@ def test_uniform_weights_equal_trl(loss_type, aggregation, tmp_path):
     loss.backward()
     theirs = torch.cat([p.grad.flatten() for p in model.parameters()])
     cfg = config(method="grpo", aggregation=aggregation)
-    weight, _ = rest.token_weights(torch.zeros(P * G, T, dtype=torch.long), batch.tokens * 0, batch.entropy, batch.sampled, cfg, 0)
+    weight = rest.token_weights(torch.zeros(P * G, T, dtype=torch.long), batch.tokens * 0, batch.entropy, batch.sampled, cfg, 0)
     ours, metrics = gradient(model, batch, advantages, weight, cfg)
     assert close(ours, theirs, 1e-5) and metrics["loss"] == pytest.approx(loss.item(), rel=1e-4)

@@ -1,10 +1,14 @@
 """Rollouts: what is sampled, what is forced, what is recorded; with scripted and uniform fakes, and shared against plain decoding."""
 
 import math
+import os
+import shutil
+from contextlib import contextmanager
 
 import pytest
 import torch
 from conftest import CALL, ROW, ScriptedModel, llama, qwen3, scripted
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rest
 
@@ -146,10 +150,12 @@ def test_shared_and_plain_decoding_sample_the_same(tokenizer, name):
     assert len(set(a.length.tolist())) > 3
     assert torch.allclose(a.logp, b.logp, atol=1e-4) and torch.allclose(a.entropy, b.entropy, atol=1e-4)
     for shared in (True, False):
-        logp, entropy = rest.completion_logps(model, a.prompts, a.tokens.view(3, 4, -1), 0.7, shared)
+        logp = rest.completion_logps(model, a.prompts, a.tokens.view(3, 4, -1), 0.7, shared)
         assert torch.allclose(logp.flatten(0, 1)[a.sampled], a.logp[a.sampled], atol=1e-4)
-        assert torch.allclose(entropy.flatten(0, 1)[a.sampled], a.entropy[a.sampled], atol=1e-4)
-    wrong = rest.completion_logps(model, a.prompts, a.tokens.view(3, 4, -1), 1.0, True)[0].flatten(0, 1)  # pitfall 5: T forgotten
+    for i, n in enumerate(a.length.tolist()):  # entropies in float64
+        log_p = torch.log_softmax(model(torch.tensor([a.prompts[i // 4] + a.tokens[i, :n].tolist()])).logits[0, -n - 1:-1].double() / 0.7, -1)
+        assert torch.allclose(a.entropy[i, :n].double(), -(log_p.exp() * log_p).sum(-1), atol=1e-4)
+    wrong = rest.completion_logps(model, a.prompts, a.tokens.view(3, 4, -1), 1.0, True).flatten(0, 1)  # pitfall 5: T forgotten
     assert (wrong[a.sampled] - a.logp[a.sampled]).abs().max() > 0.01
 
 
@@ -159,17 +165,44 @@ class Graphed(rest.SharedDecoder):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.graphed, self.shrink = True, 0.5
+        self.graph = self.static = True
+        self.shrink = 0.5
 
     def record(self, work):
         Graphed.captures += 1
         result, where = work(), set()
 
         def run():
-            result.copy_(work())
-            where.add((self.position.data_ptr(), self.layout.column.data_ptr(), self.layout.own[0][0].data_ptr()))
-            assert len(where) == 1
+            with capture():
+                result.copy_(work())
+            where.add((self.position.data_ptr(), self.layout.column.data_ptr(), self.layout.own[0][0].data_ptr(), self.layout.prompt[0][0].data_ptr()))
+            assert len(where) == 1 and int(self.layout.column) < self.layout.width
         return run, result
+
+
+class Refuse(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        by_mask = name in ("index", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh") or kwargs.get("device") == torch.device("meta"):
+            raise AssertionError(f"a CUDA graph cannot hold this {name}")
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def capture():
+    """Refuses what a CUDA graph cannot hold and a CPU would let pass: waiting for a value, tensors made from numbers or without a device."""
+    with torch.device("meta"), Refuse():
+        yield
+
+
+def test_the_capture_check_refuses_what_a_graph_cannot_hold():
+    x = torch.ones(3)
+    with capture():
+        x * 2 + torch.arange(3, device=x.device)
+    for broken in (lambda: float(x.sum()), lambda: x[x > 0], lambda: torch.arange(3), lambda: x + torch.tensor([1, 2, 3]), lambda: torch.zeros(2)):
+        with pytest.raises((AssertionError, RuntimeError), match="cannot hold|meta"), capture():
+            broken()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -183,6 +216,30 @@ def test_the_static_step_that_a_graph_holds_decodes_the_same(tokenizer, name, mo
     assert 1 < Graphed.captures <= 1 + math.log2(12)  # rows left, each time at least half of them, and those that stayed were captured anew
     assert torch.equal(a.tokens, b.tokens) and torch.equal(a.sampled, b.sampled)
     assert torch.allclose(a.logp, b.logp, atol=1e-4) and torch.allclose(a.entropy, b.entropy, atol=1e-4)
+
+
+def test_a_long_budget_is_read_in_widths_that_double(tokenizer, monkeypatch):
+    """Nobody leaves, 140 steps: prepared at steps 0, 64 and 128, for widths 64, 128 and 140, and the samples stay those of the eager step."""
+    widths = []
+
+    class Watched(Graphed):
+        def prepare(self, ids, t):
+            super().prepare(ids, t)
+            widths.append((t, self.layout.width))
+    model, cfg = qwen3(), config(max_completion_tokens=140)
+    model.lm_head.weight.data = model.lm_head.weight.clone().index_fill(0, torch.tensor([tokenizer.eos_token_id]), 0.0)  # seldom ends
+    a = rest.rollout(model, tokenizer, [ROW, LONG], cfg, seed=3)
+    monkeypatch.setattr(rest, "SharedDecoder", Watched)
+    b = rest.rollout(model, tokenizer, [ROW, LONG], cfg, seed=3)
+    assert widths == [(0, 64), (64, 128), (128, 140)] and torch.equal(a.tokens, b.tokens)
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_decoding_samples_the_same(tokenizer):
+    model, cfg = often_ending(qwen3(layers=1), tokenizer), {"group": 4, "max_completion_tokens": 24, "temperature": 0.7}
+    a, b = (rest.rollout(model, tokenizer, [ROW, LONG], config(**cfg, compile_decode=c), seed=3) for c in (False, True))
+    assert torch.equal(a.tokens, b.tokens) and torch.allclose(a.logp, b.logp, atol=1e-4)
+    assert not hasattr(model, "_rest_no_static") and torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU there is nothing to capture")
@@ -201,7 +258,7 @@ def test_a_step_that_cannot_be_captured_is_decoded_eagerly(tokenizer, monkeypatc
 def test_graph_and_eager_decoding_sample_the_same_on_a_gpu(tokenizer, dtype):
     model, cfg = often_ending(qwen3(), tokenizer).cuda().to(dtype), {"group": 4, "max_completion_tokens": 40}
     a, b = (rest.rollout(model, tokenizer, [ROW, LONG], config(**cfg, cuda_graph=g), seed=3) for g in (True, False))
-    assert not getattr(model, "_rest_no_graph", False)
+    assert not getattr(model, "_rest_no_static", False)
     assert float((a.tokens == b.tokens).float().mean()) > 0.9  # a rounding may tip a sample, and what follows it
     same = (a.tokens == b.tokens).cumprod(1).bool() & a.sampled
     assert torch.allclose(a.logp[same], b.logp[same], atol=0.1)
@@ -248,7 +305,7 @@ def test_models_that_cannot_share_take_the_plain_path(tokenizer, kind):
                                                        qk_nope_head_dim=8, v_head_dim=8, first_k_dense_replace=2))
     assert not rest.can_share(model)
     out = rest.rollout(model, tokenizer, [ROW, LONG], config(max_completion_tokens=10))
-    logp, _ = rest.completion_logps(model, out.prompts, out.tokens.view(2, 2, -1), 1.0, shared=False)
+    logp = rest.completion_logps(model, out.prompts, out.tokens.view(2, 2, -1), 1.0, shared=False)
     assert torch.allclose(logp.flatten(0, 1)[out.sampled].detach(), out.logp[out.sampled], atol=1e-4)
 
 

@@ -176,10 +176,10 @@ def test_entropy_against_closed_forms():
              (torch.tensor([.9, .1, 0, 0, 0]), -.9 * math.log(.9) - .1 * math.log(.1)),
              (geometric, -math.log((1 - q) / (1 - q ** V)) - mean_v * math.log(q))]
     for p, H in cases:  # p is what is sampled from, at temperature 0.7
-        _, read = rest.token_logps(0.7 * p.log()[None], torch.tensor([2]), temperature=0.7)
+        read = rest.sample(0.7 * p.log()[None], torch.zeros(1), temperature=0.7)[2]
         assert float(read) == pytest.approx(H, abs=1e-6)
     for policy in (Policy(*spec) for spec in SMALL):
-        _, read = rest.token_logps(policy.logits(policy.theta), torch.zeros(len(policy.H)).long(), temperature=1.0)
+        read = rest.sample(policy.logits(policy.theta), torch.zeros(len(policy.H)), temperature=1.0)[2]
         close(read.double(), policy.H, rtol=0, atol=2e-6)
         assert 0 < float(policy.H.min()) and float(policy.H.max()) < math.log(policy.V)
         chain = float(policy.mean(policy.entropies()).sum())

@@ -10,7 +10,6 @@ import random
 import re
 import shutil
 import tempfile
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -168,9 +167,9 @@ def supervised(model, sequences, steps, learning_rate, micro_batch, what="warm s
             width = len(part[-1][0])
             ids = torch.tensor([i + [0] * (width - len(i)) for i, _ in part], device=device)  # right-padded: what is behind is not seen
             mask = torch.tensor([m + [False] * (width - len(m)) for _, m in part], device=device)[:, 1:]
-            with rest.autocast(model) or nullcontext():
+            with rest.autocast(model):
                 hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][mask]  # (tokens, H)
-                logp, _ = rest.token_logps(hidden, ids[:, 1:][mask], 1.0, model.get_output_embeddings())
+                logp = rest.token_logps(hidden, ids[:, 1:][mask], 1.0, model.get_output_embeddings())
             micro = -logp.sum() / total
             micro.backward()
             loss += float(micro.detach())

@@ -5,6 +5,7 @@ A group's G completions share their prompt. In the update one batch row holds [p
 who may see whom; while decoding, the prompt's keys and values are stored once per group, next to each completion's own. Exact: what a
 token sees is what it would see in its own row. can_share tells for which models, and rest.py has the plain path beside it."""
 
+import functools
 import inspect
 import logging
 from contextlib import nullcontext
@@ -46,54 +47,59 @@ class PackedLayout:
 
 
 class DecodeLayout:
-    """Keys and values while decoding: the prompt's once per group, [P, Hkv, Lp, D], each completion's own, [P*G, Hkv, T, D].
+    """Keys and values while decoding: the prompt's once per group, [P, Hkv, Lp, D], each completion's own, [P, Hkv, G, T, D].
 
     It plays both parts that transformers knows: the cache (`update`) and, through shared_attention, the attention pattern. `column`, if set,
-    is the step as a tensor int64 [1]: every tensor then keeps its shape from step to step, as a CUDA graph needs, and columns to come are masked."""
+    is the step as a tensor int64 [1]: every tensor then keeps its shape from step to step, as a CUDA graph needs; the first `width` columns
+    are read, and those still to come are masked."""
 
     def __init__(self, prompt_mask, group, length):
-        self.prompt, self.prompt_mask, self.group, self.length, self.step = [], prompt_mask, group, length, None
-        self.own, self.packed, self.column = [], PackedLayout(prompt_mask, 0, 0), None
-        self.bias = torch.zeros(prompt_mask.shape, device=prompt_mask.device).masked_fill(~prompt_mask, -torch.inf)  # (P, Lp)
+        self.prompt_mask, self.group, self.length = prompt_mask, group, length
+        self.prompt, self.own, self.packed = [], [], PackedLayout(prompt_mask, 0, 0)
+        self.step, self.column, self.width, self.bias = None, None, 0, None
 
     def update(self, k, v, layer, *args, **kwargs):
         k = k.to(v.dtype)  # under autocast positions are rotated in float32
         if self.step is None:  # prefill
-            shape = (k.shape[0] * self.group, k.shape[1], self.length, k.shape[3])
-            self.prompt.append((k, v))
-            self.own.append((k.new_zeros(shape), v.new_zeros(shape)))
+            P, Hkv, _, D = k.shape
+            self.prompt.append((k.contiguous(), v.contiguous()))
+            self.own.append(tuple(k.new_zeros(P, Hkv, self.group, self.length, D) for _ in range(2)))
             return k, v
+        if layer == 0:
+            self.bias = None  # the last step's
+        new = [x.view(-1, self.group, *x.shape[1:]).transpose(1, 2) for x in (k, v)]  # (P, Hkv, G, 1, D)
         if self.column is not None:
-            return tuple(own.index_copy_(2, self.column, new) for own, new in zip(self.own[layer], (k, v)))
-        for own, new in zip(self.own[layer], (k, v)):
-            own[:, :, self.step] = new[:, :, 0]
-        return tuple(own[:, :, :self.step + 1] for own in self.own[layer])
+            return tuple(own.index_copy_(3, self.column, x)[:, :, :, :self.width] for own, x in zip(self.own[layer], new))
+        for own, x in zip(self.own[layer], new):
+            own[:, :, :, self.step] = x[:, :, :, 0]
+        return tuple(own[:, :, :, :self.step + 1] for own in self.own[layer])
 
     def get_seq_length(self, layer=0):
         return 0 if self.step is None else self.prompt_mask.shape[1] + self.step
 
-    def attend(self, q, k, v, scale, layer):  # q [S, H, 1, D], k and v [S, Hkv, t+1, D] with S = P*G
+    def attend(self, q, k, v, scale, layer):  # q [P*G, H, 1, D], k and v [P, Hkv, G, t, D]
         if self.step is None:
             return self.packed.attend(q, k, v, scale)
-        (S, H, _, D), Hkv, (kp, vp) = q.shape, k.shape[1], self.prompt[layer]
-        P, G, R = kp.shape[0], self.group, H // Hkv
-        q = (q * scale).view(S, Hkv, R, D)
-        grouped = q.view(P, G, Hkv, R, D).transpose(1, 2).reshape(P, Hkv, G * R, D)
-        to_prompt = grouped @ kp.transpose(2, 3) + self.bias[:, None, None]  # (P, Hkv, G*R, Lp)
-        to_prompt = to_prompt.view(P, Hkv, G, R, -1).transpose(1, 2).reshape(S, Hkv, R, -1)
-        to_own = q @ k.transpose(2, 3)  # (S, Hkv, R, t+1)
-        if self.column is not None:
-            to_own = to_own.masked_fill(torch.arange(self.length, device=q.device) > self.column, -torch.inf)
-        p = torch.cat([to_prompt, to_own], -1).float().softmax(-1).to(v.dtype)  # (S, Hkv, R, Lp+t+1)
-        Lp = kp.shape[2]
-        shared = p[..., :Lp].reshape(P, G, Hkv, R, Lp).transpose(1, 2).reshape(P, Hkv, G * R, Lp) @ vp
-        shared = shared.view(P, Hkv, G, R, D).transpose(1, 2).reshape(S, Hkv, R, D)
-        return (shared + p[..., Lp:] @ v).reshape(S, H, 1, D)
+        (P, Hkv, G, t, D), (kp, vp), R = k.shape, (x.flatten(0, 1) for x in self.prompt[layer]), q.shape[1] // k.shape[1]
+        k, v, Lp = k.flatten(0, 2), v.flatten(0, 2), kp.shape[1]
+        q = q.view(P, G, Hkv, R, D).transpose(1, 2).reshape(P * Hkv, G * R, D)
+        to_prompt = q @ kp.mT                                                        # (P*Hkv, G*R, Lp)
+        to_own = q.view(-1, R, D) @ k.mT                                             # (P*Hkv*G, R, t)
+        scores = torch.cat([to_prompt.view(-1, R, Lp), to_own], -1).view(P, -1, Lp + t)
+        if self.bias is None:  # the same for all layers: -inf at left padding and, with a fixed width, at columns to come
+            late = torch.arange(t, device=q.device) > (t if self.column is None else self.column)
+            hidden = torch.cat([~self.prompt_mask, late.expand(P, t)], 1)
+            self.bias = torch.zeros_like(hidden, dtype=scores.dtype).masked_fill(hidden, -torch.inf)[:, None]  # (P, 1, Lp+t)
+        p = torch.add(self.bias, scores, alpha=scale).softmax(-1).to(v.dtype).view(-1, R, Lp + t)
+        shared = p[..., :Lp].reshape(P * Hkv, G * R, Lp) @ vp                        # (P*Hkv, G*R, D)
+        out = torch.baddbmm(shared.view(-1, R, D), p[..., Lp:], v)                   # (P*Hkv*G, R, D)
+        return out.view(P, Hkv, G, R, D).transpose(1, 2).reshape(P * G, Hkv * R, 1, D)
 
     def select(self, groups, slots, group):  # keep these groups of prompts and these slots, `group` to each
         self.prompt = [tuple(x[groups] for x in kv) for kv in self.prompt]
-        self.own = [tuple(x[slots] for x in kv) for kv in self.own]
-        self.prompt_mask, self.bias, self.group = self.prompt_mask[groups], self.bias[groups], group
+        at = slots.view(-1, group) % self.group  # (groups kept, group): which of a group's slots
+        self.own = [tuple(x[groups[:, None], :, at].transpose(1, 2).contiguous() for x in kv) for kv in self.own]
+        self.prompt_mask, self.group = self.prompt_mask[groups], group
 
 
 def shared_attention(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):
@@ -136,10 +142,10 @@ def cache_name(model):
 class PlainDecoder:
     """Decoding with the model's own attention and cache, each prompt repeated G times. The reference path, and the fallback."""
 
-    shrink = 0.75
+    shrink = 0.75  # rows leave the batch (drop_finished) when no more than this share is left
 
-    def __init__(self, model, prompts, group, length, graph=False):
-        self.model, self.cache, self.cache_name, self.groups = model, None, cache_name(model), 1
+    def __init__(self, model, prompts, group, length, graph=False, compiled=False):
+        self.model, self.cache, self.cache_name, self.width = model, None, cache_name(model), 1
         self.ids, self.mask = (x.repeat_interleave(group, 0) for x in left_pad(prompts, next(model.parameters()).device))
 
     def forward(self, ids, position_ids):
@@ -156,20 +162,22 @@ class PlainDecoder:
         self.mask = F.pad(self.mask, (0, 1), value=True)
         return self.forward(ids[:, None], self.position[:, None] + t)
 
-    def select(self, groups, slots, group):
+    def select(self, groups, slots, width):
         self.cache.batch_select_indices(slots)
         self.mask, self.position = self.mask[slots], self.position[slots]
 
 
 class SharedDecoder:
-    """Decoding with each prompt's keys and values kept once per group (DecodeLayout). On CUDA a step is captured as a graph and replayed."""
+    """Decoding with each prompt's keys and values kept once per group (DecodeLayout). `graph`: on CUDA a step is captured as a graph and replayed;
+    `compiled`: torch.compile fuses its kernels. Both need a step of fixed shapes (static_step), prepared anew when the batch shrinks."""
 
-    def __init__(self, model, prompts, group, length, graph=True):
-        self.model, self.groups, self.replay = model, group, None
+    def __init__(self, model, prompts, group, length, graph=True, compiled=False):
+        self.model, self.width = model, group  # width: slots to a group
         self.ids, self.mask = left_pad(prompts, next(model.parameters()).device)
         self.layout, self.cache_name = DecodeLayout(self.mask, group, length), cache_name(model.base_model)
-        self.graphed = graph and self.ids.is_cuda and not getattr(model, "_rest_no_graph", False)
-        self.shrink = 0.5 if self.graphed else 0.75  # rows leave when so few are left: each time costs a capture
+        self.graph, self.compiled = graph and self.ids.is_cuda, compiled
+        self.static = (self.graph or compiled) and not getattr(model, "_rest_no_static", False)
+        self.shrink = 0.5 if self.static else 0.75
 
     def forward(self, ids, position_ids):
         hidden = self.model.base_model(input_ids=ids, position_ids=position_ids, use_cache=True, layout=self.layout,
@@ -177,18 +185,49 @@ class SharedDecoder:
         return self.model.get_output_embeddings()(hidden[:, -1])
 
     def prefill(self):
-        self.position = self.mask.sum(1).repeat_interleave(self.groups)
-        return self.forward(self.ids, (self.mask.cumsum(1) - 1).clamp(min=0)).repeat_interleave(self.groups, 0)
+        self.position = self.mask.sum(1).repeat_interleave(self.width)
+        return self.forward(self.ids, (self.mask.cumsum(1) - 1).clamp(min=0)).repeat_interleave(self.width, 0)
 
     def step(self, ids, t):
         self.layout.step = t
-        if self.graphed and self.replay is None:
+        if self.static and (self.layout.column is None or t >= self.layout.width):
             try:
-                self.replay = self.capture(ids, t)
+                self.prepare(ids, t)
             except RuntimeError as error:
-                log.warning("decoding without a CUDA graph (slower, same results): %s", error)
-                self.graphed, self.model._rest_no_graph, self.layout.column = False, True, None
-        return self.replay(ids, t) if self.graphed else self.forward(ids[:, None], self.position[:, None] + t)
+                log.warning("decoding step by step, without a CUDA graph or compilation (slower, same results): %s", error)
+                self.static, self.model._rest_no_static, self.layout.column = False, True, None
+        return self.static_run(ids, t) if self.static else self.forward(ids[:, None], self.position[:, None] + t)
+
+    def static_step(self, ids):
+        """A step whose tensors all keep their shapes and addresses: what a graph can hold. ids int64 [S]."""
+        return self.forward(ids[:, None], (self.position + self.layout.column)[:, None])
+
+    def work(self, ids):
+        return compiled_step()(self, ids) if self.compiled else self.static_step(ids)
+
+    def static_run(self, ids, t):
+        self.layout.column.fill_(t)
+        if not self.graph:
+            return self.work(ids)
+        self.graph_ids.copy_(ids)
+        self.replay()
+        return self.graph_logits  # until the next replay writes over them
+
+    def prepare(self, ids, t):
+        """Compiles and captures the step for the rows that are there now and the steps below layout.width, which doubles from time to time, so
+        that a long token budget is not read before it is used. Raises RuntimeError if that fails, or differs from the eager step.
+
+        The graph reads graph_ids, self.position and the layout's tensors where they lie now: all live until the next `prepare`."""
+        self.layout.column, self.layout.width = torch.full((1,), t, device=ids.device), min(self.layout.length, max(64, 2 * t))
+        expected = self.static_step(ids)  # and a warm-up: libraries allocate and, under autocast, weights are cast outside the graph
+        if self.graph:
+            if self.compiled:
+                self.work(ids)
+            self.graph_ids = ids.clone()
+            self.replay, self.graph_logits = self.record(lambda: self.work(self.graph_ids))
+            self.graph_logits.zero_()  # if the graph were empty, nothing would come back
+        if not close(self.static_run(ids, t), expected):
+            raise RuntimeError("the prepared step differs from the eager one")
 
     @staticmethod
     def record(work):
@@ -198,34 +237,29 @@ class SharedDecoder:
             result = work()
         return graph.replay, result
 
-    def static_step(self, ids):
-        """A step whose tensors all keep their shapes and addresses: what a graph can hold. ids int64 [S]."""
-        return self.forward(ids[:, None], (self.position + self.layout.column)[:, None])
+    def select(self, groups, slots, width):
+        self.layout.select(groups, slots, width)
+        self.position, self.width, self.layout.column = self.position[slots], width, None  # other shapes: prepared anew
 
-    def capture(self, ids, t):
-        """replay(ids, t) -> logits, for the rows that are there now. Raises RuntimeError if it cannot be captured, or differs from the eager step.
 
-        The graph reads ids, column, self.position and the layout's tensors where they lie now: all live until `select`, which drops the replay.
-        (replay does not hold self: a cycle would keep the caches until the garbage collector comes.)"""
-        expected = self.forward(ids[:, None], self.position[:, None] + t)
-        ids, column = ids.clone(), torch.full((1,), t, device=ids.device)
-        self.layout.column = column
-        self.static_step(ids)  # warm-up: libraries allocate and, under autocast, weights are cast outside the graph
-        run, logits = self.record(lambda: self.static_step(ids))
-        logits.zero_()  # if the graph were empty, nothing would come back
+@functools.cache
+def compiled_step():
+    return torch.compile(SharedDecoder.static_step)
 
-        def replay(new_ids, t):
-            ids.copy_(new_ids)
-            column.fill_(t)
-            run()
-            return logits  # until the next replay writes over them
-        if not close(replay(ids, t), expected):
-            raise RuntimeError("the captured step differs from the eager one")
-        return replay
 
-    def select(self, groups, slots, group):
-        self.layout.select(groups, slots, group)
-        self.position, self.replay, self.layout.column = self.position[slots], None, None  # other shapes: captured anew
+def drop_finished(decoder, slots, spare):
+    """Takes finished groups out of the decoder's batch and narrows the others to the fullest one, if that makes the batch enough smaller.
+
+    slots: the episode of each row of the batch, `spare` where it has ended. Returns the slots that are left and their rows until now."""
+    groups = [slots[a:a + decoder.width] for a in range(0, len(slots), decoder.width)]
+    keep = [k for k, group in enumerate(groups) if any(i != spare for i in group)]
+    width = max(sum(i != spare for i in groups[k]) for k in keep)
+    if len(keep) * width > decoder.shrink * len(slots):
+        return slots, slice(None)
+    rows = [k * decoder.width + s for k in keep for s in sorted(range(decoder.width), key=lambda s: groups[k][s] == spare)[:width]]
+    kept = torch.tensor(rows, device=decoder.ids.device)
+    decoder.select(torch.tensor(keep, device=kept.device), kept, width)
+    return [slots[s] for s in rows], kept
 
 
 def close(a, b):
@@ -253,8 +287,8 @@ def can_share(model):
                 decoder = kind(model, prompts, 2, 4, graph=False)
                 return torch.stack([decoder.prefill(), decoder.step(completions[:, :, 0].flatten(), 0)])
             try:
-                with torch.no_grad(), autocast(model) or nullcontext():
-                    ok = close(*(rest.completion_logps(model, prompts, completions, 1.0, shared=s)[0] for s in (True, False)))
+                with torch.no_grad(), autocast(model):
+                    ok = close(*(rest.completion_logps(model, prompts, completions, 1.0, shared=s) for s in (True, False)))
                     plain = first_logits(PlainDecoder)
                     with sharing(model):
                         ok = ok and close(first_logits(SharedDecoder), plain)
@@ -269,7 +303,8 @@ def can_share(model):
 
 
 def autocast(model):
-    """bf16 autocast for float32 weights on GPUs that have bf16; None elsewhere (on CPUs with avx512_bf16 we have seen it twice as fast and half as fast)."""
+    """Context: bf16 autocast for float32 weights on GPUs that have bf16, nothing elsewhere (on CPUs with avx512_bf16 we have seen it twice as
+    fast and half as fast)."""
     parameter = next(model.parameters(), torch.empty(0))
-    if parameter.is_cuda and parameter.dtype == torch.float32 and torch.cuda.is_bf16_supported():
-        return torch.autocast("cuda", torch.bfloat16)
+    usable = parameter.is_cuda and parameter.dtype == torch.float32 and torch.cuda.is_bf16_supported()
+    return torch.autocast("cuda", torch.bfloat16) if usable else nullcontext()
