@@ -4,8 +4,7 @@
 
     rho = exp(logp - logp_old),  A_i = (r_i - group mean) / (group std + delta),  w = token weight, mean 1 per completion
 
-ResT is GRPO with three things removed and one added. Removed: the value network, the KL term, the reference model.
-Added: w. Every sampled token lies in a region (format, tool name, parameters, thought, free text); a region's weight falls with its
+ResT is GRPO without the KL term and its reference model, and with one thing added: w. Every sampled token lies in a region (format, tool name, parameters, thought, free text); a region's weight falls with its
 mean policy entropy; a curriculum moves weight from structure to reasoning while training goes on. w = 1 is plain GRPO.
 
 One sample's life, which is also the order of this file (P prompts, G completions each, N = P*G, T completion tokens, V words):
@@ -20,7 +19,8 @@ One sample's life, which is also the order of this file (P prompts, G completion
     -> scalar loss -> optimizer step                           policy_loss, update
 
 Where we depart from the paper (P) or from the authors' code (C), and why:
-  * P and C disagree about w: P reads it off the entropy, C uses constants and a clock. `--method rest` is P, `rest-official` is C.
+  * P and C disagree about w: P reads it off the entropy, C uses constants and a clock. `--method rest` is P; `--method rest-official
+    --aggregation token` is C.
   * P does not publish the constants of its weights; ours are in Config. We divide raw weights by their token mean over the batch, so
     that those constants mean the same at any entropy level.
   * C finds regions by re-tokenising the decoded text and drops the last token of each span; we label the sampled ids themselves and
@@ -29,8 +29,9 @@ Where we depart from the paper (P) or from the authors' code (C), and why:
   * C divides by each micro-batch's own weight sum, so its gradient depends on the micro-batch size; our denominators are those of the
     whole batch, fixed before the first micro-batch.
   * P scales the whole reward with progress, which normalised advantages cancel (tests/test_theory.py); C rescales the format and
-    correctness parts against each other. We follow C.
-  * C lets a response-only answer keep its format point when it adds a call; our format reward asks for exactly the gold's blocks.
+    correctness parts against each other. We follow C, at a pace of our own (nu = 0.7 progress; C: step/150).
+  * C lets a response-only answer keep its format point when it adds a call; our format reward asks for exactly the gold's blocks, and
+    nothing but space outside them.
 """
 
 import json
@@ -48,7 +49,7 @@ from torch.utils.checkpoint import checkpoint
 
 from toy_tools.chat import encode_prompt, encode_results
 from toy_tools.jsons import SPACE, check, same_value, scan_object
-from toy_tools.shared_prefix import PackedLayout, PlainDecoder, SharedDecoder, autocast, can_share, drop_finished, left_pad, sharing
+from toy_tools.shared_prefix import PackedLayout, PlainDecoder, SharedDecoder, autocast, can_share, drop_finished, left_pad, micro_batches, sharing
 
 log = logging.getLogger("rest")
 
@@ -111,6 +112,10 @@ class Config:
         need(self.min_entropy > 0, f"min_entropy must be above 0 nats, not {self.min_entropy}: raw weights divide by the entropy")
         need(0 < self.top_entropy_fraction <= 1, f"top_entropy_fraction must lie in (0, 1], not {self.top_entropy_fraction}")
         need(0 < self.clip < 1, f"clip must lie in (0, 1), not {self.clip}")
+        for name in ("learning_rate", "max_grad_norm"):
+            need(getattr(self, name) > 0, f"{name} must be above 0, not {getattr(self, name)}")
+        need(self.delta >= 0, f"delta must not be negative, but is {self.delta}")
+        need(0 <= self.weight_min <= self.weight_max, f"weight_min, {self.weight_min}, must lie between 0 and weight_max, {self.weight_max}")
         self.aggregation = self.aggregation or ("constant" if self.method == "dr-grpo" else "sequence")
 
 
@@ -300,7 +305,8 @@ def rollout(model, tokenizer, rows, cfg, seed=0, group=None, greedy=False, toolb
     was_training, G, T = model.training, cfg.group if group is None else group, cfg.max_completion_tokens
     live = cfg.max_turns > 1 and toolbox_for is not None
     N, device = len(rows) * G, next(model.parameters()).device
-    ends = torch.tensor(sorted(eos_ids(model, tokenizer)), device=device)
+    end_ids = sorted(eos_ids(model, tokenizer))
+    ends = torch.tensor(end_ids, device=device)
     encoded = [encode_prompt(tokenizer, row["messages"], row["tools"], instructions) for row in rows]
     prompts, queues = [ids for ids, _ in encoded], {i: deque(encoded[i // G][1]) for i in range(N) if encoded[i // G][1]}
     boxes = [toolbox_for(row) for row in rows for _ in range(G)] if live else None
@@ -324,7 +330,7 @@ def rollout(model, tokenizer, rows, cfg, seed=0, group=None, greedy=False, toolb
         for t in range(T):
             chosen, logp_t, entropy_t = sample(logits, uniforms[at, t], cfg.temperature, greedy)         # (S,) each
             mask = torch.ones_like(chosen, dtype=torch.bool)  # sampled or forced: decided here, where tokens are made
-            if forced := [s for s, i in enumerate(slots) if queues.get(i)]:
+            if forced := [s for s, i in enumerate(slots) if queues.get(i)] if queues else []:
                 chosen[forced] = torch.tensor([queues[slots[s]].popleft() for s in forced], device=device)
                 mask[forced] = False
             tokens[at, t], sampled[at, t] = chosen, mask
@@ -336,7 +342,8 @@ def rollout(model, tokenizer, rows, cfg, seed=0, group=None, greedy=False, toolb
                 finish_turn(i, starts[i], t + 1, t)
                 calls = parse_calls(texts[i][-1]) if live and len(turns[i]) < cfg.max_turns else []
                 if calls:
-                    suffix, opening = encode_results(tokenizer, execute(calls, boxes[i].functions, rows[i // G]["tools"], cfg.tool_timeout))
+                    results = execute(calls, boxes[i].functions, rows[i // G]["tools"], cfg.tool_timeout)
+                    suffix, opening = encode_results(tokenizer, results, end_ids)
                     queues[i], starts[i] = deque(suffix + opening), t + 1 + len(suffix)
                 else:
                     length[i], truncated[i], slots[s], finished = t + 1, False, spare, True
@@ -473,7 +480,7 @@ def score_texts(texts, row):
 
 
 def episode_reward(form, correct, progress, scaling="dynamic"):
-    """Format and correctness scores -> reward (METHOD: rule reward of ToolRL, rescaled by the authors as training goes on).
+    """Format and correctness scores -> reward (ToolRL's, arXiv 2504.13958, rescaled by the authors' code as training goes on).
 
     static: format in [0, 1], correctness in [-3, 3]. dynamic, with nu = 0.7 progress: format in [-2+2nu, 2-nu] (held outside (-1, 1)),
     correctness in [-(2+nu), 2+nu] (held within 3): early on format counts more, later correctness."""
@@ -499,7 +506,8 @@ def region_entropy(entropy, region, mask):
     """Mean entropy (nats) of the sampled tokens of each region, over the whole rollout batch: float [6]. Tags and scaffold share the mean
     of the paper's format region. An empty region gets 0. entropy float, region int, mask bool, all [N, T]."""
     inside = F.one_hot(region.clamp(min=0), 6) * mask[..., None]  # (N, T, 6)
-    inside[..., TAG] = inside[..., SCAFFOLD] = inside[..., TAG] + inside[..., SCAFFOLD]
+    form = inside[..., TAG] + inside[..., SCAFFOLD]
+    inside[..., TAG], inside[..., SCAFFOLD] = form, form
     total = (inside * entropy.detach()[..., None]).sum((0, 1))
     return total / inside.sum((0, 1)).clamp(min=1)
 
@@ -514,9 +522,10 @@ def raw_weights(region_h, kind="one-minus-exp", min_entropy=0.05):
 
 
 def curriculum(weight, progress, cfg):
-    """Weights [6] at progress in [0, 1]: format down, parameters and thought up, name and free text constant (METHOD section 4)."""
+    """Weights [6] at progress in [0, 1]: format down, parameters and thought up, name and free text constant."""
     w = weight.clone()
-    w[TAG], w[SCAFFOLD] = ((w[r] - cfg.alpha_format * progress).clamp(min=cfg.weight_min) for r in (TAG, SCAFFOLD))
+    for r in (TAG, SCAFFOLD):
+        w[r] = (w[r] - cfg.alpha_format * progress).clamp(min=cfg.weight_min)
     w[PARAMS] = (w[PARAMS] + cfg.alpha_params * progress).clamp(max=cfg.weight_max)
     w[THOUGHT] = (w[THOUGHT] + cfg.alpha_thought * progress).clamp(max=cfg.weight_max)
     return w
@@ -536,7 +545,7 @@ def official_weights(touched, mask, step):
     """The authors' code: constants and a clock, no entropy. Where a token touches several regions the largest weight wins. [N, T].
     (Their clip of the weights to [0.001, 8] never acts.)"""
     weight = torch.tensor([1.0, 0.0, 1.2, min(1.2, 0.6 + 0.002 * step), min(1.0, 0.6 + 0.002 * step), 0.0])
-    subsets = [max([float(weight[r]) for r in range(6) if bits >> r & 1], default=0.0) for bits in range(64)]
+    subsets = [max([float(weight[r]) for r in range(6) if bits >> r & 1], default=0.0) for bits in range(64)]  # per set of regions
     weight = torch.tensor(subsets, device=touched.device)[touched]
     return normalise_weights(weight, mask & (weight > 0))
 
@@ -628,44 +637,25 @@ def policy_loss(logp, logp_old, advantages, weight, mask, scale, clip):
 
 # --------------------------------------------------------------------------------------------------------------------- update
 
-def micro_batches(batch, used, budget):
-    """Splits the groups `used` into lists of (prompt index, completion indices): at most `budget` tokens with padding, or one completion."""
-    G, out = batch.group, []
-    length, prompt = batch.length.view(-1, G).amax(1).tolist(), [len(ids) for ids in batch.prompts]
-
-    def padded(part):
-        return len(part) * (max(prompt[p] for p, _ in part) + len(part[0][1]) * max(length[p] for p, _ in part))
-    for p in sorted(used, key=lambda p: (length[p], prompt[p])):
-        per = max(1, min(G, (budget - prompt[p]) // max(length[p], 1)))  # completions of this prompt that fit at once
-        for a in range(0, G, per):
-            new = (p, list(range(a, min(a + per, G))))
-            if out and len(out[-1][0][1]) == len(new[1]) and padded(out[-1] + [new]) <= budget:
-                out[-1].append(new)
-            else:
-                out.append([new])
-    return out
-
-
 def update(model, optimizer, batch, advantages, weight, cfg):
-    """cfg.passes optimiser steps on one rollout batch; returns a dict of metrics.
+    """cfg.passes optimiser steps on one rollout batch; returns a dict of metrics, means over the passes.
 
     advantages float [N], weight float [N, T]. Groups whose advantages are all zero have zero gradient and are not forwarded. A step
     whose loss or gradient is not finite is skipped and counted."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    scale = loss_scale(batch.sampled, weight, cfg.aggregation, cfg.max_completion_tokens)
+    scale = loss_scale(batch.sampled, weight, cfg.aggregation, cfg.max_completion_tokens)  # (N,)
     G, shared = batch.group, cfg.shared_prefix and can_share(model)
     used = advantages.view(-1, G).ne(0).any(1).nonzero()[:, 0].tolist()
-    parts = micro_batches(batch, used, cfg.micro_batch_tokens)
-    metrics = Counter(skipped_updates=0)
+    parts, total, skipped = micro_batches(batch, used, cfg.micro_batch_tokens, shared), Counter(), 0
     for _ in range(cfg.passes):
         optimizer.zero_grad(set_to_none=True)
         loss, clipped, kl, count = 0.0, 0.0, 0.0, 0
         for part in parts:
-            rows = torch.tensor([p * G + g for p, members in part for g in members], device=batch.tokens.device)
+            rows = torch.tensor([p * G + g for p, members in part for g in members], device=batch.tokens.device)  # (n,)
             T = int(batch.length[rows].max())
-            logp_old, mask = batch.logp[rows, :T], batch.sampled[rows, :T]
+            logp_old, mask = batch.logp[rows, :T], batch.sampled[rows, :T]                                        # (n, T)
             logp = completion_logps(model, [batch.prompts[p] for p, _ in part], batch.tokens[rows, :T].view(len(part), -1, T),
-                                    cfg.temperature, shared).flatten(0, 1)  # (n, T)
+                                    cfg.temperature, shared).flatten(0, 1)                                        # (n, T)
             micro = policy_loss(logp, logp_old, advantages[rows], weight[rows, :T], mask, scale[rows], cfg.clip)
             with sharing(model) if shared else nullcontext():  # gradient checkpointing forwards again in here
                 micro.backward()
@@ -679,12 +669,10 @@ def update(model, optimizer, batch, advantages, weight, cfg):
         if math.isfinite(float(loss)) and math.isfinite(float(norm)):
             optimizer.step()
         else:
-            metrics["skipped_updates"] += 1
-        count = max(count, 1)
-        metrics.update(loss=float(loss) / cfg.passes, grad_norm=float(norm) / cfg.passes,
-                       clip_fraction=float(clipped) / count / cfg.passes, kl=float(kl) / count / cfg.passes)
+            skipped += 1
+        total.update(loss=float(loss), grad_norm=float(norm), clip_fraction=float(clipped) / max(count, 1), kl=float(kl) / max(count, 1))
     optimizer.zero_grad(set_to_none=True)
-    return dict(metrics)
+    return {"skipped_updates": skipped, **{name: value / cfg.passes for name, value in total.items()}}
 
 
 def learning_rate(cfg, step):
@@ -725,8 +713,9 @@ def train_step(model, tokenizer, optimizer, rows, cfg, step, toolbox_for=None, i
         zero_groups=float(advantages.view(-1, batch.group).eq(0).all(1).float().mean()), truncated=float(batch.truncated.float().mean()),
         tokens=float(batch.sampled.sum() / N), lr=learning_rate(cfg, step))
     for name, r in (("format", TAG), ("name", NAME), ("params", PARAMS), ("thought", THOUGHT), ("text", TEXT)):
+        inside = (region == r) | (region == SCAFFOLD) if r == TAG else region == r
         metrics[f"H_{name}"] = float(entropy[r])
-        metrics[f"w_{name}"] = float(weight[region == r].mean()) if bool((region == r).any()) else 0.0
+        metrics[f"w_{name}"] = float(weight[inside].mean()) if bool(inside.any()) else 0.0
     return metrics, batch, region, weight
 
 
@@ -740,7 +729,7 @@ def evaluate(model, tokenizer, rows, cfg, greedy=False, samples=1, seed=0, batch
         batch = rollout(model, tokenizer, part, cfg, seed=seed + start, group=1 if greedy else samples, greedy=greedy,
                         toolbox_for=toolbox_for, instructions=instructions)
         for i, (form, correct, exact) in enumerate(score_batch(batch)):
-            for key in (part[i // batch.group]["category"], "all"):
+            for key in (part[i // batch.group].get("category", "rows"), "all"):
                 found.setdefault(key, []).append((exact, form, correct, int(batch.sampled[i].sum())))
         if on_batch:
             on_batch(len(part))

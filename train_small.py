@@ -22,6 +22,7 @@ from transformers.utils import logging as hf_logging
 
 import rest
 from toy_tools import policy, show, tasks
+from toy_tools.data import load_rows
 
 INSTRUCTIONS = (
     "First think inside <think> and </think>. Then either call tools, one JSON object per line inside <tool_call> and </tool_call>, "
@@ -36,6 +37,7 @@ class Run:
     output_dir: str = field(default="runs", metadata={"help": "Where runs are kept: metrics, config, policy."})
     model: str = field(default="", metadata={"help": "Hub id, folder or .gguf file of a chat model; empty: the embedded 1M policy."})
     data: str = field(default="", metadata={"help": "Training rows: .jsonl, ToolRL .parquet/.json, or a hub id; empty: toy tasks."})
+    eval_data: str = field(default="", metadata={"help": "Held-out rows, in the same forms; empty: toy tasks."})
     device: str = field(default="", metadata={"help": "cuda, mps or cpu; empty: the first of these that is there."})
     dtype: str = field(default="float32", metadata={"help": "Weights in float32 (with bf16 autocast on GPUs that have it) or bfloat16, which rounds small updates away."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Less activation memory, about a third more time."})
@@ -45,11 +47,11 @@ class Run:
     warm_start_lr: float = field(default=2e-4, metadata={"help": "Learning rate of a --model's supervised steps."})
     noise: float = field(default=0.22, metadata={"help": "Rate of each kind of mistake in the toy demonstrations."})
     train_rows: int = field(default=4000, metadata={"help": "Toy tasks to train on."})
-    eval_rows: int = field(default=200, metadata={"help": "Held-out toy tasks to evaluate on, before and after."})
+    eval_rows: int = field(default=200, metadata={"help": "Held-out toy tasks (at most so many rows of --eval-data) to evaluate on, before and after."})
     eval_samples: int = field(default=2, metadata={"help": "Completions sampled per held-out task."})
     eval_batch: int = field(default=64, metadata={"help": "Prompts evaluated at once."})
     mask_names: bool = field(default=False, metadata={"help": "Random strings for tool and parameter names, so that descriptions must be read."})
-    save_steps: int = field(default=0, metadata={"help": "Checkpoint every so many steps; 0: only at the end."})
+    save_steps: int = field(default=50, metadata={"help": "Checkpoint every so many steps; 0: only at the end."})
     resume: bool = field(default=False, metadata={"help": "Continue the run --name from its last checkpoint."})
     eval_only: bool = field(default=False, metadata={"help": "No training: evaluate --model (or a run's policy)."})
     benchmarks: list[str] = field(default_factory=list, metadata={"help": "bfcl, bfcl-code, bfcl-live, bfcl-multi-turn, api-bank, or categories."})
@@ -61,8 +63,13 @@ class Run:
         for name in ("warm_start_batch", "micro_batch", "train_rows", "eval_samples", "eval_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("eval_rows", "limit", "save_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype must be float32 or bfloat16, not {self.dtype!r}")
+        if not self.model and (self.dtype != "float32" or self.gradient_checkpointing):
+            raise ValueError("--dtype and --gradient-checkpointing are for a --model: the embedded policy is small and float32")
         if not self.eval_only and (self.benchmarks or self.compare or self.limit):
             raise ValueError("--benchmarks, --compare and --limit evaluate a policy: they need --eval-only")
         if self.compare and not Path(self.compare).is_file():
@@ -105,12 +112,20 @@ def open_run(run, cfg):
     return folder
 
 
+def write_json(path, value):
+    """Written beside and then moved, so that an interruption leaves no half of it."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=1))
+    part.replace(path)
+
+
 class Log:
     """metrics.jsonl, appended line by line; metrics.csv is made from it at every checkpoint and at the end."""
 
     def __init__(self, folder, keep_steps):
         self.file, self.csv = folder / "metrics.jsonl", folder / "metrics.csv"
-        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        lines = self.file.read_text().splitlines(True) if self.file.exists() else []
+        lines = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one
         self.rows = [row for row in map(json.loads, lines) if row["step"] < keep_steps]  # a resumed run drops what it will redo
         self.file.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
@@ -178,36 +193,38 @@ def train(run, cfg, device):
     if run.resume:
         old = json.loads((folder / "config.json").read_text())
         changed = [k for k, v in asdict(cfg).items() if old["config"].get(k) != v]
-        changed += [k for k in ("model", "data", "mask_names", "train_rows") if old["run"].get(k) != getattr(run, k)]
+        changed += [k for k in ("model", "data", "eval_data", "mask_names", "train_rows", "eval_rows", "eval_samples", "dtype") if old["run"].get(k) != getattr(run, k)]
         if changed:
             raise ValueError(f"--resume with other settings than the run began with ({', '.join(changed)}): give the same ones")
     began = time.perf_counter()
     set_seed(cfg.seed)
-    if run.data:
-        if cfg.max_turns > 1:
-            raise ValueError("--max-turns above 1 needs tools that run: it works on the toy tasks; --data is trained step by step")
-        from toy_tools.data import load_rows
-        rows = load_rows(run.data)
-    else:
-        rows = single_steps(tasks.make_rows(run.train_rows, "train", seed=cfg.seed, mask_names=run.mask_names), cfg)
-    test = single_steps(tasks.make_rows(run.eval_rows, "test", seed=cfg.seed, mask_names=run.mask_names), cfg)
+    if cfg.max_turns > 1 and (run.data or run.eval_data):
+        raise ValueError("--max-turns above 1 needs tools that run: it works on the toy tasks; --data and --eval-data are taken step by step")
+
+    def toy(count, split):
+        return single_steps(tasks.make_rows(count, split, seed=cfg.seed, mask_names=run.mask_names), cfg)
+    rows = load_rows(run.data) if run.data else toy(run.train_rows, "train")
+    test = load_rows(run.eval_data, "test")[:run.eval_rows] if run.eval_data else toy(run.eval_rows, "test")
     if len(rows) < cfg.prompts:
         raise ValueError(f"{len(rows)} training rows are fewer than the {cfg.prompts} prompts of a step: lower --prompts")
     model, tokenizer, instructions = load(run, cfg, device, folder / "checkpoint" if run.resume else None)
+    if instructions and cfg.learning_rate == rest.Config.learning_rate:
+        raise ValueError(f"--learning-rate {cfg.learning_rate} is the default of the embedded policy and would wreck a pretrained model: set it, to about 1e-6")
     warm = run.model and not run.resume and run.warm_start_steps > 0
     if warm:
         rng = random.Random(cfg.seed)
         bare = sum("target" not in row and "demo" not in row for row in rows)
         if bare:
             raise ValueError(f"--warm-start-steps needs demonstrations, but {bare} rows of {run.data} have neither \"demo\" nor \"target\"")
-        pairs = [(row, row.get("target") or policy.noisy_demonstration(row, rng, run.noise)) for row in rows]
+        noise = 0.0 if run.data else run.noise  # one's own demonstrations are imitated as they are
+        pairs = [(row, row.get("target") or policy.noisy_demonstration(row, rng, noise)) for row in rows]
         policy.warm_start(model, tokenizer, pairs, run.warm_start_steps, run.warm_start_batch, run.warm_start_lr, cfg.seed,
                           micro_batch=run.micro_batch, instructions=instructions)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=device.type != "mps")
     first = 0
     if not run.resume:  # made only now, so that a wrong path or option leaves no folder behind
         folder.mkdir(parents=True)
-        (folder / "config.json").write_text(json.dumps({"config": asdict(cfg), "run": asdict(run), "torch": torch.__version__}, indent=1))
+        write_json(folder / "config.json", {"config": asdict(cfg), "run": asdict(run), "torch": torch.__version__})
         if warm:
             save(folder, model, tokenizer, optimizer, 0)
     else:
@@ -223,7 +240,7 @@ def train(run, cfg, device):
         before = json.loads(before_file.read_text())
     elif test:
         before = measure(model, tokenizer, test, run, cfg, instructions, "evaluating the start")
-        before_file.write_text(json.dumps(before, indent=1))
+        write_json(before_file, before)
     split, mark = {"rollout": 0.0, "reward": 0.0, "update": 0.0}, time.perf_counter()
     started = mark
 
@@ -257,8 +274,11 @@ def train(run, cfg, device):
                     log.write_csv()
                 if stop:
                     fail(f"interrupted after {step + 1} steps; saved. Continue with the same options and --resume --name {folder.name}")
-    except (ValueError, ImportError, OSError) as error:  # not the user's input any more: show where
-        raise RuntimeError(f"step {step} failed; metrics and the last checkpoint are in {folder}") from error
+    except torch.OutOfMemoryError as error:
+        fail(f"out of memory in step {step}: lower --micro-batch-tokens (update), or --prompts, --group or --max-completion-tokens (rollout); metrics "
+             f"and the last checkpoint, if any, are in {folder} ({error})")
+    except Exception as error:  # not the user's input any more: show where
+        raise RuntimeError(f"step {step} failed; metrics and the last checkpoint, if any, are in {folder}") from error
     finally:
         signal.signal(signal.SIGINT, before_interrupt)
     total = max(time.perf_counter() - started, 1e-9)
@@ -267,13 +287,14 @@ def train(run, cfg, device):
     log.write_csv()
     if test and cfg.steps > 0:
         after = measure(model, tokenizer, test, run, cfg, instructions, "evaluating the end")
-        (folder / "after.json").write_text(json.dumps(after, indent=1))
-        print(f"\nHeld-out tasks, {run.eval_samples} samples each at temperature {cfg.temperature}:\n{show.evaluation(before, after)}")
+        write_json(folder / "after.json", after)
+        print(f"\nHeld-out rows, {run.eval_samples} samples each at temperature {cfg.temperature}:\n{show.evaluation(before, after)}")
     if seen:
         batch, region, weight = seen
         best = max(range(len(batch.texts)), key=lambda i: len(set(region[i].tolist())))
         print(f"\nAn episode of the last step, by region, with token weights:\n{show.episode(tokenizer, batch, best, region, weight, sys.stdout.isatty())}")
         other = total - sum(split.values())
+        write_json(folder / "time.json", {**split, "other": other, "steps": total, "run": time.perf_counter() - began})
         print("\nTime of the RL steps: " + ", ".join(f"{name} {100 * s / total:.1f}%" for name, s in (*split.items(), ("other", other)))
               + f" of {total:.0f} s; the whole run took {time.perf_counter() - began:.0f} s.")
     skipped = sum(row["skipped_updates"] for row in log.rows)
@@ -324,6 +345,8 @@ def main(argv=None):
         (evaluate_only if run.eval_only else train)(run, cfg, device)
     except (ValueError, OSError, ImportError) as error:
         fail(error)
+    except KeyboardInterrupt:
+        fail("interrupted; what was saved before is kept, the rest is lost")
 
 
 if __name__ == "__main__":

@@ -135,6 +135,7 @@ def make_ours(setting, shared=True, graph=True, compiled=False):
             logits[..., setting.eos] = logits.float().index_fill(-1, eos, -torch.inf).logsumexp(-1) + math.log(chance / (1 - chance))
             return logits
         rest.can_share(model)
+        torch.compiler.reset()  # it would not see the hook on a model like one compiled before
         model.get_output_embeddings().register_forward_hook(end_sometimes)
     cfg = rest.Config(prompts=setting.prompts, group=setting.group, max_completion_tokens=setting.length, shared_prefix=shared, cuda_graph=graph,
                       compile_decode=compiled, temperature=setting.args.temperature, learning_rate=LEARNING_RATE,
@@ -351,7 +352,7 @@ def main(argv):
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="PROMPTxCOMPLETIONxGROUPxPROMPTS, trailing r: ragged lengths")
     parser.add_argument("--scaling", action="store_true", help="shapes that vary the group size, the prompt length and the batch")
     parser.add_argument("--gpu", action="store_true", help="the whole measurement on a GPU: embedded policy, SmolLM2-135M and Qwen3-0.6B shapes")
-    parser.add_argument("--arms", nargs="+", default=["ours", "plain", "generate", "trl"], choices=ARMS)
+    parser.add_argument("--arms", nargs="+", default=["ours", "compiled", "plain", "generate", "trl"], choices=ARMS)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--size", default="1m", choices=SIZES, help="random weights in the shape of the embedded policy, SmolLM2-135M or Qwen3-0.6B")
     parser.add_argument("--model", help="a folder or hub id, in place of --size")

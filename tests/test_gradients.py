@@ -77,7 +77,7 @@ def reference_logp(model, prompt, tokens, temperature):
 
 
 def reference_weights(method, batch, region, touched, step, steps, a=0.5, low=0.2, high=5.0, floor=0.05):
-    """METHOD.md section 4 with loops over Python floats."""
+    """The weights of all methods, with loops over Python floats."""
     where = [(i, t) for i in range(P * G) for t in range(T) if batch.sampled[i, t]]
     w = {}
     if method in ("grpo", "dr-grpo"):
@@ -317,18 +317,22 @@ def test_logps_equal_the_reference(name, shared):
 
 # --------------------------------------------------------------------------------------- what the gradient must not depend on
 
-def test_micro_batches_keep_to_the_budget_with_their_padding():
-    """Random batches: every completion once; no forward above the budget, counted as padded, unless it is a single completion."""
+@pytest.mark.parametrize("shared", [True, False])
+def test_micro_batches_keep_to_the_budget_with_their_padding(shared):
+    """Random batches: every completion once; no forward above the budget, counted as padded, with a prompt for each group or for each
+    completion, unless it is a single completion."""
     g = torch.Generator().manual_seed(0)
     for budget in (50, 300, 2000):
         length = torch.randint(1, 160, (48,), generator=g)
         batch = SimpleNamespace(group=4, length=length, prompts=[[0] * int(n) for n in torch.randint(1, 100, (12,), generator=g)])
-        parts = rest.micro_batches(batch, [p for p in range(12) if p != 5], budget)
+        parts = rest.micro_batches(batch, [p for p in range(12) if p != 5], budget, shared)
         assert sorted((p, i) for part in parts for p, members in part for i in members) == [(p, i) for p in range(12) if p != 5 for i in range(4)]
         for part in parts:
-            tokens = len(part) * (max(len(batch.prompts[p]) for p, _ in part)
-                                  + len(part[0][1]) * max(int(length[p * 4 + i]) for p, members in part for i in members))
-            assert tokens <= budget or (len(part) == len(part[0][1]) == 1)
+            prompt, completion = max(len(batch.prompts[p]) for p, _ in part), max(int(length[p * 4 + i]) for p, members in part for i in members)
+            copies = len(part[0][1])
+            tokens = len(part) * (prompt + copies * completion) if shared else len(part) * copies * (prompt + completion)
+            assert tokens <= budget or (len(part) == copies == 1)
+
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_micro_batches_do_not_change_the_gradient(aggregation):

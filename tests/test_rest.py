@@ -318,5 +318,23 @@ def test_a_thought_opened_by_the_template_is_forced_not_prompt(tokenizer):
     opened.chat_template = tokenizer.chat_template.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
     prompt, forced = rest.encode_prompt(opened, ROW["messages"], ROW["tools"])
     assert opened.decode(forced) == "<think>\n" and opened.decode(prompt).endswith("assistant\n")
-    suffix, forced = rest.encode_results(opened, ["3"])
+    suffix, forced = rest.encode_results(opened, ["3"], [opened.eos_token_id])
     assert opened.decode(suffix) == "\n<|im_start|>tool\n3<|im_end|>\n<|im_start|>assistant\n" and opened.decode(forced) == "<think>\n"
+
+
+def test_the_templates_own_end_token_is_not_repeated(tokenizer):
+    """Where the turn ends with another token than the tokenizer's end token (Gemma: <end_of_turn>), that one was sampled already."""
+    import copy
+    other = copy.deepcopy(tokenizer)
+    other.eos_token = "<|im_start|>"
+    end = tokenizer.eos_token_id
+    assert rest.encode_results(other, ["3"], [end, other.eos_token_id])[0] == rest.encode_results(tokenizer, ["3"], [end])[0]
+    assert rest.encode_results(other, ["3"], [])[0][0] == end
+
+
+def test_a_template_that_refuses_a_role_is_named(tokenizer):
+    import copy
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ m.content }}{% endfor %}"
+    with pytest.raises(ValueError, match="refuses the roles system, user: no system"):
+        rest.encode_prompt(strict, ROW["messages"], ROW["tools"], instructions="Think.")

@@ -62,7 +62,9 @@ def test_help_names_every_knob():
     (["--resume", "--name", "none"], "nothing to resume"), (["--device", "tpu"], "device"), (["--model", "no/such.gguf"], "no such file"),
     (["--model", "./nowhere"], "nowhere"), (["--data", "nowhere.jsonl"], "nowhere.jsonl"), (["--prompts", "500"], "lower --prompts"),
     (["--dtype", "int8"], "dtype"), (["--device", "cuda:99"], "device"), (["--benchmarks", "bfcl"], "--eval-only"), (["--eval-samples", "0"], "eval_samples"),
-    (["--eval-only", "--benchmarks", "nope"], "unknown benchmark"), (["--eval-only", "--compare", "nope"], "no such file")])
+    (["--eval-only", "--benchmarks", "nope"], "unknown benchmark"), (["--eval-only", "--compare", "nope"], "no such file"),
+    (["--dtype", "bfloat16"], "for a --model"), (["--eval-rows", "-1"], "eval_rows"), (["--learning-rate", "0"], "learning_rate"),
+    (["--weight-min", "9"], "weight_max"), (["--max-turns", "2", "--data", "x.jsonl"], "--max-turns")])
 def test_wrong_input_gets_one_sentence(cache, tmp_path, capsys, monkeypatch, args, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
@@ -114,6 +116,8 @@ def test_a_crash_between_checkpoints_loses_only_what_is_redone(cache, tmp_path, 
         run(tmp_path, "--name", "parts", "--steps", "5", "--save-steps", "2")
     assert len((tmp_path / "parts/metrics.jsonl").read_text().splitlines()) == 3  # nothing lost: step 2 is logged though not checkpointed
     monkeypatch.setattr(rest, "train_step", step)
+    with open(tmp_path / "parts/metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "rew')  # and killed within a line
     run(tmp_path, "--name", "parts", "--steps", "5", "--save-steps", "2", "--resume")
     assert (tmp_path / "whole/metrics.jsonl").read_text() == (tmp_path / "parts/metrics.jsonl").read_text()
     assert torch.equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
@@ -150,14 +154,43 @@ def test_a_model_from_a_folder_trains_on_data_from_a_file(tmp_path, monkeypatch)
     tokenizer.save_pretrained(tmp_path / "model")
     row = {k: ROW[k] for k in ("messages", "tools", "gold")}
     (tmp_path / "data.jsonl").write_text("".join(json.dumps({**row, "demo": [{"think": "t", "response": None}]}) + "\n" for _ in range(6)))
-    more = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "data.jsonl"), "--steps", "2", "--name", "other", "--eval-rows", "0"]
+    more = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "data.jsonl"), "--steps", "2", "--name", "other", "--eval-data", str(tmp_path / "data.jsonl"),
+            "--learning-rate", "1e-4"]
+    with pytest.raises(SystemExit, match="would wreck a pretrained model"):
+        run(tmp_path, *more[:-2])
     with monkeypatch.context() as patch:
         patch.setattr(rest, "train_step", lambda *_: 1 / 0)  # a crash in the first step does not lose the supervised steps
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(RuntimeError, match="step 0 failed"):
             run(tmp_path, *more)
     run(tmp_path, *more, "--resume")
+    assert json.loads((tmp_path / "other/after.json").read_text())["all"]["n"] == 5  # --eval-rows 5 of the 6 rows
     before = torch.cat([p.flatten() for p in policy.load_model(tmp_path / "model")[0].parameters()])
     assert not torch.equal(before, weights(tmp_path / "other"))
+
+
+def test_running_out_of_memory_says_what_to_lower(cache, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("12 GiB asked for")
+    monkeypatch.setattr(rest, "train_step", full)
+    with pytest.raises(SystemExit, match="lower --micro-batch-tokens"):
+        run(tmp_path, "--steps", "2")
+
+
+def test_gradient_checkpointing_forwards_every_layer_again(tmp_path):
+    """It once did nothing: transformers checkpoints a layer only in training mode, and from_pretrained leaves the model in the other."""
+    tokenizer = byte_tokenizer()
+    qwen3().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    cfg, calls = rest.Config(group=2, prompts=1, max_completion_tokens=8), {}
+    for on in (False, True):
+        model, _ = policy.load_model(tmp_path, gradient_checkpointing=on)
+        policy.warm_start(model, tokenizer, [(ROW, CALL)], 1, batch=1, progress=False)
+        batch = rest.rollout(model, tokenizer, [ROW], cfg)
+        seen = []
+        model.model.layers[0].input_layernorm.register_forward_hook(lambda *_: seen.append(1))
+        rest.update(model, torch.optim.SGD(model.parameters(), lr=0.1), batch, torch.tensor([1.0, -1.0]), torch.ones_like(batch.logp), cfg)
+        calls[on] = len(seen)
+    assert calls == {False: 1, True: 2}
 
 
 def test_zero_steps_make_a_start_that_several_runs_share(cache, tmp_path):
@@ -216,5 +249,7 @@ def test_demonstrations_are_imperfect_at_the_stated_rate():
         rng = random.Random(0)
         exact = sum(rest.score_texts([policy.noisy_demonstration(row, rng, noise)], row)[2] for row in rows) / len(rows)
         assert low <= exact <= high
+    bare = {"tools": [], "gold": [ROW["gold"][0]], "demo": [{"think": "t", "response": None}]}  # rows of one's own need not list tools
+    assert policy.noisy_demonstration(bare, random.Random(0), 1.0)
     assert CALL  # the hand-written example of the other tests has the same form
     assert rest.score_texts([tasks.completion_text(ROW["gold"][0], "t")], ROW)[2]

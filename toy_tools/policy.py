@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import rest
-from toy_tools import tasks, tools
+from toy_tools import chat, tasks, tools
 
 # --------------------------------------------------------------------------------------------- the embedded policy
 
@@ -69,7 +69,7 @@ def noisy_demonstration(row, rng, noise):
     calls, demo = [dict(c) for c in row["gold"][0]], row["demo"][0]
     for call in calls:
         call["arguments"] = dict(call["arguments"])
-        if rng.random() < noise / 3:
+        if row["tools"] and rng.random() < noise / 3:
             call["name"] = rng.choice([tool["function"]["name"] for tool in row["tools"]])
         if rng.random() < noise / 3 and call["arguments"]:
             key = rng.choice(list(call["arguments"]))
@@ -117,13 +117,14 @@ def tiny_policy(seed=0, steps=WARM_START_STEPS, batch=32, learning_rate=3e-3, no
 
     A pretrained model can copy words and see whether something is listed; a random one learns this slowest, and soonest from short texts
     that hold nothing else. So half as many steps of lessons come first, then `steps` of imperfect demonstrations. The cache key covers
-    every argument, the sources that make data and model, and the library versions."""
-    sources = "".join(inspect.getsource(m) for m in (tools, tasks, inspect.getmodule(tiny_policy)))
+    every argument but the device, the sources that make data and model, and the library versions."""
+    sources = "".join(inspect.getsource(m) for m in (tools, tasks, chat, inspect.getmodule(tiny_policy)))
     versions = [importlib.metadata.version(p) for p in ("torch", "transformers", "tokenizers")]
     key = repr((sources, versions, seed, steps, batch, learning_rate, noise, mask_names))
     folder = Path(os.environ.get("REST_CACHE", "~/.cache/rest")).expanduser() / hashlib.sha256(key.encode()).hexdigest()[:16]
     if folder.is_dir():
         return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)  # before the minutes of training: it may be refused
     rng = random.Random(seed)
     rows = [rng.choice(tasks.decompose(row)) for row in tasks.make_rows(max(2000, steps * batch), "train", seed=seed + 1, mask_names=mask_names)]
     pairs = [(row, noisy_demonstration(row, rng, noise)) for row in rows]
@@ -135,7 +136,6 @@ def tiny_policy(seed=0, steps=WARM_START_STEPS, batch=32, learning_rate=3e-3, no
         return [copying(tokenizer, rng) for _ in range(batch * 3 // 2)] + [looking_up(tokenizer, rng) for _ in range(batch // 6 if step < 120 else 0)]
     supervised(model, lessons, steps // 2, learning_rate, 18, "learning to copy", progress)
     warm_start(model, tokenizer, pairs, steps, batch, learning_rate, seed, micro_batch=8, progress=progress)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=folder.parent))  # written beside, then renamed: an interrupted run leaves no half cache
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
@@ -152,7 +152,7 @@ def supervised(model, sequences, steps, learning_rate, micro_batch, what="warm s
     """Cross-entropy steps; sequences(step) -> [(ids, mask)], mask True at the tokens to learn. Short warm-up, second half decays. Returns losses."""
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type != "mps")
-    losses = []
+    losses, was_training = [], model.training
     model.train()
     bar = tqdm(range(steps), desc=what, disable=not progress, mininterval=1)
     for step in bar:
@@ -177,7 +177,7 @@ def supervised(model, sequences, steps, learning_rate, micro_batch, what="warm s
         optimizer.step()
         losses.append(loss)
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-    model.eval()
+    model.train(was_training)
     return losses
 
 
@@ -232,4 +232,5 @@ def load_model(path, dtype=torch.float32, gradient_checkpointing=False):
     model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, **kwargs, **quantization)
     if gradient_checkpointing:  # its name since transformers 5.23, and before
         (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
+        model.train()  # transformers checkpoints only then
     return model, tokenizer

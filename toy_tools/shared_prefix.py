@@ -1,5 +1,5 @@
 """How the model is run: attention that keeps a group's prompt only once, for any Hugging Face model with pluggable attention
-(AttentionInterface), and the two decoders of the rollout loop, shared and plain.
+(AttentionInterface), the two decoders of the rollout loop, shared and plain, and what makes up a batch.
 
 A group's G completions share their prompt. In the update one batch row holds [prompt | completion 1 | … | completion G] and the layout says
 who may see whom; while decoding, the prompt's keys and values are stored once per group, next to each completion's own. Exact: what a
@@ -260,6 +260,27 @@ def drop_finished(decoder, slots, spare):
     kept = torch.tensor(rows, device=decoder.ids.device)
     decoder.select(torch.tensor(keep, device=kept.device), kept, width)
     return [slots[s] for s in rows], kept
+
+
+def micro_batches(batch, used, budget, shared):
+    """Splits the groups `used` of a Rollout into lists of (prompt index, completion indices): forwards of at most `budget` tokens with padding,
+    or of one completion. shared: whether a group's completions stand behind one copy of their prompt, or each behind its own."""
+    G, out = batch.group, []
+    length, prompt = batch.length.view(-1, G).amax(1).tolist(), [len(ids) for ids in batch.prompts]
+
+    def padded(part):
+        copies = len(part[0][1])
+        return len(part) * (max(prompt[p] for p, _ in part) * (1 if shared else copies) + copies * max(length[p] for p, _ in part))
+    for p in sorted(used, key=lambda p: (length[p], prompt[p])):
+        fit = (budget - prompt[p]) // max(length[p], 1) if shared else budget // (prompt[p] + length[p])  # completions of this prompt at once
+        per = max(1, min(G, fit))
+        for a in range(0, G, per):
+            new = (p, list(range(a, min(a + per, G))))
+            if out and len(out[-1][0][1]) == len(new[1]) and padded(out[-1] + [new]) <= budget:
+                out[-1].append(new)
+            else:
+                out.append([new])
+    return out
 
 
 def close(a, b):
