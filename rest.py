@@ -4,8 +4,9 @@
 
     rho = exp(logp - logp_old),  A_i = (r_i - group mean) / (group std + delta),  w = token weight, mean 1 per completion
 
-ResT is GRPO without the KL term and its reference model, and with one thing added: w. Every sampled token lies in a region (format, tool name, parameters, thought, free text); a region's weight falls with its
-mean policy entropy; a curriculum moves weight from structure to reasoning while training goes on. w = 1 is plain GRPO.
+ResT is GRPO without the KL term and its reference model, and with one thing added: w. Every sampled token lies in a region (format, tool
+name, parameters, thought, free text); a region's weight falls with its mean policy entropy; a curriculum moves weight from structure to
+reasoning while training goes on. w = 1 is plain GRPO.
 
 One sample's life, which is also the order of this file (P prompts, G completions each, N = P*G, T completion tokens, V words):
 

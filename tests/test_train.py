@@ -14,7 +14,7 @@ from conftest import CALL, ROW, byte_tokenizer, qwen3
 
 import rest
 import train_small
-from toy_tools import policy, tasks
+from toy_tools import policy, show, tasks
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--prompts", "2", "--group", "2", "--eval-rows", "5", "--eval-samples", "1", "--max-completion-tokens", "16", "--device", "cpu",
@@ -199,6 +199,21 @@ def test_zero_steps_make_a_start_that_several_runs_share(cache, tmp_path):
     for method in ("rest", "grpo"):
         run(tmp_path, "--name", method, "--method", method, "--steps", "1", "--model", str(tmp_path / "start"), "--warm-start-steps", "0")
         assert (tmp_path / method / "before.json").read_text() == (tmp_path / "start/before.json").read_text()
+
+
+def test_methods_are_compared_over_seeds(tmp_path):
+    """Differences of 0.1 and 0.2 to the baseline: mean 0.15, half an interval of 12.71 * 0.0707 / sqrt(2) = 0.6355. A seed without baseline has no pair."""
+    for method, seed, after in (("grpo", 0, 0.5), ("grpo", 1, 0.6), ("rest", 0, 0.6), ("rest", 1, 0.8), ("rest", 2, 1.0), ("no-thought", 0, 0.4)):
+        folder = tmp_path / f"{method}-{seed}"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"config": {"method": method, "seed": seed}}))
+        for when, exact in (("before", 0.25), ("after", after)):
+            (folder / f"{when}.json").write_text(json.dumps({"simple": {"n": 1, "exact": 1.0}, "all": {"n": 8, "exact": exact}}))
+    lines = show.seeds(sorted(tmp_path.iterdir()), tmp_path / "out.csv").splitlines()[2:]
+    assert lines == ["| grpo | 2 | 0.250 ± 0.000 | 0.550 ± 0.071 | – |", "| no-thought | 1 | 0.250 | 0.400 | – |",
+                     "| rest | 3 | 0.250 ± 0.000 | 0.800 ± 0.200 | +0.150 (-0.486 to +0.786) |"]
+    rows = list(csv.DictReader(open(tmp_path / "out.csv")))
+    assert len(rows) == 24 and rows[1] == {"method": "grpo", "seed": "0", "when": "before", "category": "all", "n": "8", "exact": "0.25"}
 
 
 @pytest.mark.parametrize("method", rest.METHODS)

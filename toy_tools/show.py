@@ -1,6 +1,7 @@
-"""What people look at: one episode coloured by region with its weights, evaluation tables, and the learning curve."""
+"""What people look at: one episode coloured by region with its weights, evaluation tables, the learning curve, methods over seeds."""
 
 import csv
+import json
 import statistics
 import sys
 from pathlib import Path
@@ -88,5 +89,42 @@ def curve(files, out):
     plt.close(figure)
 
 
-if __name__ == "__main__":  # python -m toy_tools.show OUT.png runs/a/metrics.csv [runs/b/metrics.csv …]
-    curve(sys.argv[2:], sys.argv[1])
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # 97.5% quantiles of Student's t, 1 to 10 degrees of freedom
+
+
+def seeds(folders, out, baseline="grpo"):
+    """Compares methods over seeds. folders: finished runs; those of one seed share their start. Writes their held-out results to the CSV `out`
+    (a line per run, moment and category) and returns a Markdown table of exact-call rates: mean and standard deviation over seeds, and the
+    difference to the baseline's runs, paired by seed, with its 95% interval (t)."""
+    lines, found = [], {}
+    for folder in map(Path, folders):
+        cfg = json.loads((folder / "config.json").read_text())["config"]
+        for when in ("before", "after"):
+            for category, row in json.loads((folder / f"{when}.json").read_text()).items():
+                lines.append({"method": cfg["method"], "seed": cfg["seed"], "when": when, "category": category, **row})
+                if category == "all":
+                    found.setdefault(cfg["method"], {}).setdefault(cfg["seed"], {})[when] = row["exact"]
+    with open(out, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(lines[0]))
+        writer.writeheader()
+        writer.writerows({k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()} for line in lines)
+
+    def spread(values):
+        return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+    table = [f"| method | seeds | before | after | difference to {baseline}, paired (95%) |", "|---|---|---|---|---|"]
+    for method, runs in found.items():
+        cell, other = "–", found.get(baseline, {})
+        differences = [run["after"] - other[seed]["after"] for seed, run in runs.items() if seed in other]
+        if method != baseline and len(differences) > 1:
+            mean, n = statistics.mean(differences), len(differences)
+            half = T95[min(n - 1, len(T95)) - 1] * statistics.stdev(differences) / n ** 0.5
+            cell = f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f})"
+        table.append(f"| {method} | {len(runs)} | {spread([r['before'] for r in runs.values()])} | {spread([r['after'] for r in runs.values()])} | {cell} |")
+    return "\n".join(table)
+
+
+if __name__ == "__main__":  # python -m toy_tools.show OUT.png runs/a/metrics.csv [runs/b/metrics.csv …], or OUT.csv runs/a runs/b …
+    if sys.argv[1].endswith(".csv"):
+        print(seeds(sys.argv[2:], sys.argv[1]))
+    else:
+        curve(sys.argv[2:], sys.argv[1])
