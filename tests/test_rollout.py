@@ -138,24 +138,26 @@ def often_ending(model, tokenizer):
     return model
 
 
+@pytest.mark.parametrize("prompts", [3, 1])
 @pytest.mark.parametrize("name", MODELS)
-def test_shared_and_plain_decoding_sample_the_same(tokenizer, name):
-    """Ragged prompts, left padding, finished rows leaving: same tokens; logps, entropies and a fresh forward agree within 1e-4 (float32)."""
-    model, rows = often_ending(MODELS[name](), tokenizer), [ROW, LONG, {**LONG, "tools": []}]
+def test_shared_and_plain_decoding_sample_the_same(tokenizer, name, prompts):
+    """Ragged prompts, left padding, finished rows leaving: same tokens; logps, entropies and a fresh forward agree within 1e-4 (float32).
+    (A single prompt and no GQA once failed: then a transposed query is a view.)"""
+    model, rows = often_ending(MODELS[name](), tokenizer), [ROW, LONG, {**LONG, "tools": []}][:prompts]
     assert rest.can_share(model)
     cfg = config(group=4, max_completion_tokens=40, temperature=0.7)
     a = rest.rollout(model, tokenizer, rows, cfg, seed=3)
     b = rest.rollout(model, tokenizer, rows, config(group=4, max_completion_tokens=40, temperature=0.7, shared_prefix=False), seed=3)
     assert torch.equal(a.tokens, b.tokens) and torch.equal(a.sampled, b.sampled) and a.texts == b.texts
-    assert len(set(a.length.tolist())) > 3
+    assert len(set(a.length.tolist())) > prompts
     assert torch.allclose(a.logp, b.logp, atol=1e-4) and torch.allclose(a.entropy, b.entropy, atol=1e-4)
     for shared in (True, False):
-        logp = rest.completion_logps(model, a.prompts, a.tokens.view(3, 4, -1), 0.7, shared)
+        logp = rest.completion_logps(model, a.prompts, a.tokens.view(prompts, 4, -1), 0.7, shared)
         assert torch.allclose(logp.flatten(0, 1)[a.sampled], a.logp[a.sampled], atol=1e-4)
     for i, n in enumerate(a.length.tolist()):  # entropies in float64
         log_p = torch.log_softmax(model(torch.tensor([a.prompts[i // 4] + a.tokens[i, :n].tolist()])).logits[0, -n - 1:-1].double() / 0.7, -1)
         assert torch.allclose(a.entropy[i, :n].double(), -(log_p.exp() * log_p).sum(-1), atol=1e-4)
-    wrong = rest.completion_logps(model, a.prompts, a.tokens.view(3, 4, -1), 1.0, True).flatten(0, 1)  # pitfall 5: T forgotten
+    wrong = rest.completion_logps(model, a.prompts, a.tokens.view(prompts, 4, -1), 1.0, True).flatten(0, 1)  # pitfall 5: T forgotten
     assert (wrong[a.sampled] - a.logp[a.sampled]).abs().max() > 0.01
 
 

@@ -82,8 +82,8 @@ class DecodeLayout:
             return self.packed.attend(q, k, v, scale)
         (P, Hkv, G, t, D), (kp, vp), R = k.shape, (x.flatten(0, 1) for x in self.prompt[layer]), q.shape[1] // k.shape[1]
         k, v, Lp = k.flatten(0, 2), v.flatten(0, 2), kp.shape[1]
-        q = q.view(P, G, Hkv, R, D).transpose(1, 2).reshape(P * Hkv, G * R, D)
-        to_prompt = q @ kp.mT                                                        # (P*Hkv, G*R, Lp)
+        q = q.view(P, G, Hkv, R, D).transpose(1, 2).contiguous()
+        to_prompt = q.view(P * Hkv, G * R, D) @ kp.mT                                # (P*Hkv, G*R, Lp)
         to_own = q.view(-1, R, D) @ k.mT                                             # (P*Hkv*G, R, t)
         scores = torch.cat([to_prompt.view(-1, R, Lp), to_own], -1).view(P, -1, Lp + t)
         if self.bias is None:  # the same for all layers: -inf at left padding and, with a fixed width, at columns to come
