@@ -218,6 +218,7 @@ class SharedDecoder:
         that a long token budget is not read before it is used. Raises RuntimeError if that fails, or differs from the eager step.
 
         The graph reads graph_ids, self.position and the layout's tensors where they lie now: all live until the next `prepare`."""
+        self.replay = self.graph_logits = None  # the last graph's memory is free for the next
         self.layout.column, self.layout.width = torch.full((1,), t, device=ids.device), min(self.layout.length, max(64, 2 * t))
         expected = self.static_step(ids)  # and a warm-up: libraries allocate and, under autocast, weights are cast outside the graph
         if self.graph:
