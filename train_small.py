@@ -208,7 +208,7 @@ def train(run, cfg, device):
     if len(rows) < cfg.prompts:
         raise ValueError(f"{len(rows)} training rows are fewer than the {cfg.prompts} prompts of a step: lower --prompts")
     model, tokenizer, instructions = load(run, cfg, device, folder / "checkpoint" if run.resume else None)
-    if instructions and cfg.learning_rate == rest.Config.learning_rate:
+    if instructions and cfg.steps and cfg.learning_rate == rest.Config.learning_rate:
         raise ValueError(f"--learning-rate {cfg.learning_rate} is the default of the embedded policy and would wreck a pretrained model: set it, to about 1e-6")
     warm = run.model and not run.resume and run.warm_start_steps > 0
     if warm:
@@ -231,7 +231,7 @@ def train(run, cfg, device):
         state = torch.load(folder / "checkpoint" / "trainer.pt", map_location=device, weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
-    log = Log(folder, first)
+    log, ready = Log(folder, first), time.perf_counter()
     size = sum(p.numel() for p in model.parameters())
     print(f"{folder}: {cfg.method} on {device}, {size / 1e6:.2f}M parameters, {len(rows)} training rows, steps {first} to {cfg.steps}")
 
@@ -294,7 +294,7 @@ def train(run, cfg, device):
         best = max(range(len(batch.texts)), key=lambda i: len(set(region[i].tolist())))
         print(f"\nAn episode of the last step, by region, with token weights:\n{show.episode(tokenizer, batch, best, region, weight, sys.stdout.isatty())}")
         other = total - sum(split.values())
-        write_json(folder / "time.json", {**split, "other": other, "steps": total, "run": time.perf_counter() - began})
+        write_json(folder / "time.json", {"start": ready - began, **split, "other": other, "steps": total, "run": time.perf_counter() - began})
         print("\nTime of the RL steps: " + ", ".join(f"{name} {100 * s / total:.1f}%" for name, s in (*split.items(), ("other", other)))
               + f" of {total:.0f} s; the whole run took {time.perf_counter() - began:.0f} s.")
     skipped = sum(row["skipped_updates"] for row in log.rows)

@@ -12,7 +12,7 @@ trailing `r` makes completions end early, at the same ragged lengths in every ar
   ours      rest.rollout, rest.token_weights, rest.update, with each prompt shared by its group
   compiled  the same with the decoding step compiled by torch.compile (about a minute before the clock starts)
   eager     the same without a CUDA graph (GPU only)
-  plain     the same without sharing (--shared_prefix False): the model's own attention and cache
+  plain     the same without sharing (--shared-prefix False): the model's own attention and cache
   generate  model.generate on the same prompts (rollout only)
   trl       GRPOTrainer, beta 0, the whole batch in one micro-batch (--trl-micro-batch for less)
 
