@@ -92,7 +92,7 @@ class Config:
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient norm is clipped to this."})
     shared_prefix: bool = field(default=True, metadata={"help": "Forward each prompt once per group, not once per completion."})
     cuda_graph: bool = field(default=True, metadata={"help": "On a GPU, capture the decoding step as a CUDA graph and replay it."})
-    compile_decode: bool = field(default=False, metadata={"help": "torch.compile the decoding step: faster after about a minute, once."})
+    compile_decode: bool = field(default=False, metadata={"help": "torch.compile the decoding step: takes minutes at first, for long runs."})
     tool_timeout: float = field(default=2.0, metadata={"help": "Seconds a tool may take before the model reads a time-out."})
     seed: int = field(default=0, metadata={"help": "Seed of data order and sampling."})
 

@@ -19,12 +19,15 @@ trailing `r` makes completions end early, at the same ragged lengths in every ar
 Peak memory is that of two steps in a fresh process above what is held before them (model, imports, trainer): resident memory on a CPU,
 torch.cuda.max_memory_allocated on a GPU.
 
+The CSV also has `kl` of the first pass: how far the policy that sampled is from the policy that is updated, by rounding alone.
+
 Below the table: the rollout against the time it takes to read the weights and all keys and values once per token at the read bandwidth measured
 in this run, and the update against this run's matmul rate (6 FLOPs per parameter and token, the output layer on completions only, attention
 left out)."""
 
 import argparse
 import csv
+import gc
 import importlib.util
 import json
 import math
@@ -57,7 +60,7 @@ GPU_PLANS = (  # of --gpu: size, shapes, arms, micro-batch tokens (ours), comple
     ("135m", ["300x128x8x64"], ("ours", "compiled", "eager", "generate"), 2**15, 0),
     ("0.6b", ["300x128x8x16"], ("ours", "compiled", "trl"), 2**13, 32))
 SCALING = ([f"200x96x{g}x8" for g in (2, 4, 8, 16)] + [f"{n}x96x8x8" for n in (100, 400, 800, 1600)] + [f"200x96x8x{p}" for p in (2, 4, 16, 32)])
-FIELDS = ("size", "shape", "arm", "repeat", "rollout_s", "update_s", "step_s", "tokens", "peak_mib", "parameters", "device", "dtype", "threads")
+FIELDS = ("size", "shape", "arm", "repeat", "rollout_s", "update_s", "step_s", "tokens", "kl", "peak_mib", "parameters", "device", "dtype", "threads")
 LEARNING_RATE, MEAN_LENGTH = 1e-5, 0.4  # ragged completions end at a token with probability 1 / (MEAN_LENGTH * COMPLETION)
 
 
@@ -128,6 +131,7 @@ class RaggedEnds(LogitsProcessor):
 def make_ours(setting, shared=True, graph=True, compiled=False):
     """step(repeat) -> {rollout_s, update_s, tokens} of rest.py."""
     model = setting.model()
+    torch.compiler.reset()  # it would not see the hook below on a model like one compiled before
     if setting.ragged:  # a constant chance of the end token, whatever the weights say
         chance, eos = 1 / (MEAN_LENGTH * setting.length), torch.tensor(setting.eos, device=setting.args.device)
 
@@ -135,7 +139,6 @@ def make_ours(setting, shared=True, graph=True, compiled=False):
             logits[..., setting.eos] = logits.float().index_fill(-1, eos, -torch.inf).logsumexp(-1) + math.log(chance / (1 - chance))
             return logits
         rest.can_share(model)
-        torch.compiler.reset()  # it would not see the hook on a model like one compiled before
         model.get_output_embeddings().register_forward_hook(end_sometimes)
     cfg = rest.Config(prompts=setting.prompts, group=setting.group, max_completion_tokens=setting.length, shared_prefix=shared, cuda_graph=graph,
                       compile_decode=compiled, temperature=setting.args.temperature, learning_rate=LEARNING_RATE,
@@ -147,6 +150,8 @@ def make_ours(setting, shared=True, graph=True, compiled=False):
         start = clock(setting)
         batch = rest.rollout(model, setting.tokenizer, rows, cfg, seed=repeat)
         middle = clock(setting)
+        if getattr(model, "_rest_refused", None):
+            raise RuntimeError("the decoding step could not be captured or compiled (see the warning above): leave this arm out by --arms")
         setting.check(batch.prompts, batch.length.tolist())
         setting.lengths = batch.length
         if setting.ragged:
@@ -158,7 +163,7 @@ def make_ours(setting, shared=True, graph=True, compiled=False):
         metrics = rest.update(model, optimizer, batch, advantages, weight, cfg)
         if metrics["skipped_updates"]:
             raise RuntimeError("the update was skipped: its loss or gradient was not finite")
-        return {"rollout_s": middle - start, "update_s": clock(setting) - middle, "tokens": int(batch.length.sum())}
+        return {"rollout_s": middle - start, "update_s": clock(setting) - middle, "tokens": int(batch.length.sum()), "kl": metrics["kl"]}
     return step
 
 
@@ -254,8 +259,9 @@ def peak_memory(arm, shape, args):
     same = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in PROBED if getattr(args, name) is not None]
     done = subprocess.run([sys.executable, __file__, *same, "--probe", arm, "--shapes", shape], capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"the memory probe of {arm} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1]) / 2**20
+        print(f"the memory probe of {arm} failed: {done.stderr[-500:]}", flush=True)
+        return None
+    return round(json.loads(done.stdout.splitlines()[-1]) / 2**20)
 
 
 PROBED = ("size", "model", "device", "dtype", "threads", "temperature", "micro_batch_tokens", "trl_micro_batch")
@@ -288,14 +294,15 @@ def limits(setting, found):
     rate, c, lines = 2 * n**3 / fastest(lambda: a @ b, args), model.config, []
     head = model.get_output_embeddings().weight
     body = sum(p.numel() for p in model.parameters() if p.shape != head.shape)  # no embeddings
-    per_token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * dtype.itemsize  # bytes of keys and values
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    per_token = 2 * c.num_hidden_layers * c.num_key_value_heads * head_dim * dtype.itemsize  # bytes of keys and values
     lines.append(f"This run measured {bandwidth / 1e9:.0f} GB/s of reading and {rate / 1e12:.2f} TFLOP/s of {str(dtype)[6:]} matmul.")
     for shape, arm in dict.fromkeys((row["shape"], row["arm"]) for row in found):
         rows = [row for row in found if (row["shape"], row["arm"]) == (shape, arm)]
         if arm not in ("ours", "compiled", "eager") or "update_s" not in rows[0]:
             continue
         prompt, length, group, prompts, _ = parse_shape(shape)
-        read = length * ((body + head.numel()) * head.element_size() + per_token * prompts * (prompt + group * length / 2))
+        read = length * ((body + head.numel()) * dtype.itemsize + per_token * prompts * (prompt + group * length / 2))
         flops = 6 * (body * prompts * (prompt + group * length) + head.numel() * prompts * group * length)
         rollout, update = (statistics.median(row[key] for row in rows) for key in ("rollout_s", "update_s"))
         lines.append(f"{shape} {arm}: rollout at {read / bandwidth / rollout:.0%} of the bandwidth bound, update at {flops / update / rate:.0%} of the "
@@ -329,7 +336,7 @@ def run_plan(args, shapes, writer, file):
     for shape in shapes:
         setting = Setting(shape, args)
         names = [arm for arm in args.arms if not (setting.ragged and arm == "trl")]
-        peak = {} if args.no_memory else {arm: round(peak_memory(arm, shape, args)) for arm in names}
+        peak = {} if args.no_memory else {arm: peak_memory(arm, shape, args) for arm in names}
         steps = {arm: MAKERS[arm](setting) for arm in names}
         for repeat in range(-1, args.repeats):  # -1 warms up
             for arm, step in steps.items():
@@ -337,12 +344,16 @@ def run_plan(args, shapes, writer, file):
                 if repeat >= 0:
                     row |= {"size": args.model or args.size, "shape": shape, "arm": arm, "repeat": repeat,
                             "parameters": setting.model().num_parameters(), "device": args.device, "dtype": args.dtype, "threads": args.threads}
-                    row |= {"peak_mib": peak[arm]} if peak else {}
+                    row |= {"peak_mib": peak[arm]} if peak.get(arm) else {}
                     row |= {"step_s": row["rollout_s"] + row["update_s"]} if "update_s" in row else {}
                     found.append(row)
                     writer.writerow({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
                     file.flush()
                     print(f"{shape} {arm} {repeat}: rollout {row['rollout_s']:.2f} s, update {row.get('update_s', 0):.2f} s", flush=True)
+        del steps
+        gc.collect()
+        if args.device == "cuda":
+            torch.cuda.empty_cache()  # the next shape's memory probes are other processes
     print(f"\n{setting.model().num_parameters() / 1e6:.1f}M parameters, {args.device}, {args.dtype}, {args.threads} threads, "
           f"median of {args.repeats}:\n\n{table(found)}\n\n{limits(setting, found)}\n")
 

@@ -65,8 +65,6 @@ class DecodeLayout:
             self.prompt.append((k.contiguous(), v.contiguous()))
             self.own.append(tuple(k.new_zeros(P, Hkv, self.group, self.length, D) for _ in range(2)))
             return k, v
-        if layer == 0:
-            self.bias = None  # the last step's
         new = [x.view(-1, self.group, *x.shape[1:]).transpose(1, 2) for x in (k, v)]  # (P, Hkv, G, 1, D)
         if self.column is not None:
             return tuple(own.index_copy_(3, self.column, x)[:, :, :, :self.width] for own, x in zip(self.own[layer], new))
@@ -175,11 +173,12 @@ class SharedDecoder:
         self.model, self.width = model, group  # width: slots to a group
         self.ids, self.mask = left_pad(prompts, next(model.parameters()).device)
         self.layout, self.cache_name = DecodeLayout(self.mask, group, length), cache_name(model.base_model)
-        self.graph, self.compiled = graph and self.ids.is_cuda, compiled
-        self.static = (self.graph or compiled) and not getattr(model, "_rest_no_static", False)
-        self.shrink = 0.5 if self.static else 0.75
+        refused = model.__dict__.setdefault("_rest_refused", set())  # what failed once for this model
+        self.graph, self.compiled = graph and self.ids.is_cuda and "graph" not in refused, compiled and "compiled" not in refused
+        self.shrink = 0.5 if self.graph or self.compiled else 0.75
 
     def forward(self, ids, position_ids):
+        self.layout.bias = None  # the last step's
         hidden = self.model.base_model(input_ids=ids, position_ids=position_ids, use_cache=True, layout=self.layout,
                                        **{self.cache_name: self.layout}).last_hidden_state
         return self.model.get_output_embeddings()(hidden[:, -1])
@@ -190,13 +189,18 @@ class SharedDecoder:
 
     def step(self, ids, t):
         self.layout.step = t
-        if self.static and (self.layout.column is None or t >= self.layout.width):
+        while (self.graph or self.compiled) and (self.layout.column is None or t >= self.layout.width):
             try:
                 self.prepare(ids, t)
-            except RuntimeError as error:
-                log.warning("decoding step by step, without a CUDA graph or compilation (slower, same results): %s", error)
-                self.static, self.model._rest_no_static, self.layout.column = False, True, None
-        return self.static_run(ids, t) if self.static else self.forward(ids[:, None], self.position[:, None] + t)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # without the one, then without the other
+                what = "compiled" if self.compiled else "graph"
+                self.model._rest_refused.add(what)
+                setattr(self, what, False)
+                self.layout.column = self.replay = self.graph_logits = None
+                log.warning("decoding without %s (slower, same results): %s", "compilation" if what == "compiled" else "a CUDA graph", error)
+        return self.forward(ids[:, None], self.position[:, None] + t) if self.layout.column is None else self.static_run(ids, t)
 
     def static_step(self, ids):
         """A step whose tensors all keep their shapes and addresses: what a graph can hold. ids int64 [S]."""
@@ -219,7 +223,7 @@ class SharedDecoder:
 
         The graph reads graph_ids, self.position and the layout's tensors where they lie now: all live until the next `prepare`."""
         self.replay = self.graph_logits = None  # the last graph's memory is free for the next
-        self.layout.column, self.layout.width = torch.full((1,), t, device=ids.device), min(self.layout.length, max(64, 2 * t))
+        self.layout.column, self.layout.width = torch.full((1,), t, device=ids.device), min(self.layout.length, max(128, 2 * t))
         expected = self.static_step(ids)  # and a warm-up: libraries allocate and, under autocast, weights are cast outside the graph
         if self.graph:
             if self.compiled:
@@ -240,12 +244,13 @@ class SharedDecoder:
 
     def select(self, groups, slots, width):
         self.layout.select(groups, slots, width)
-        self.position, self.width, self.layout.column = self.position[slots], width, None  # other shapes: prepared anew
+        self.position, self.width = self.position[slots], width
+        self.layout.column = self.replay = self.graph_logits = None  # other shapes: prepared anew
 
 
 @functools.cache
 def compiled_step():
-    return torch.compile(SharedDecoder.static_step)
+    return torch.compile(SharedDecoder.static_step, dynamic=True)  # prompts, rows and widths differ from rollout to rollout
 
 
 def drop_finished(decoder, slots, spare):
@@ -287,6 +292,9 @@ def micro_batches(batch, used, budget, shared):
 def close(a, b):
     """Whether logits or logps agree as well as their precision lets them: 1e-4 of the largest in float32, 5% in bfloat16."""
     exact = a.dtype == b.dtype == torch.float32 and not torch.is_autocast_enabled(a.device.type)
+    if not torch.equal(a.isfinite(), b.isfinite()):
+        return False
+    a, b = (x.nan_to_num(0.0, 0.0, 0.0) for x in (a, b))  # words that a model rules out have logit -inf
     return bool((a - b).abs().max() <= (1e-4 if exact else 5e-2) * b.abs().max())
 
 
@@ -328,5 +336,5 @@ def autocast(model):
     """Context: bf16 autocast for float32 weights on GPUs that have bf16, nothing elsewhere (on CPUs with avx512_bf16 we have seen it twice as
     fast and half as fast)."""
     parameter = next(model.parameters(), torch.empty(0))
-    usable = parameter.is_cuda and parameter.dtype == torch.float32 and torch.cuda.is_bf16_supported()
+    usable = parameter.is_cuda and parameter.dtype == torch.float32 and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast("cuda", torch.bfloat16) if usable else nullcontext()
