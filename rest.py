@@ -92,7 +92,7 @@ class Config:
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient norm is clipped to this."})
     shared_prefix: bool = field(default=True, metadata={"help": "Forward each prompt once per group, not once per completion."})
     cuda_graph: bool = field(default=True, metadata={"help": "On a GPU, capture the decoding step as a CUDA graph and replay it."})
-    compile_decode: bool = field(default=False, metadata={"help": "torch.compile the decoding step: takes minutes at first, for long runs."})
+    compile_decode: bool = field(default=False, metadata={"help": "torch.compile the decoding step: half a minute at first, for long runs."})
     tool_timeout: float = field(default=2.0, metadata={"help": "Seconds a tool may take before the model reads a time-out."})
     seed: int = field(default=0, metadata={"help": "Seed of data order and sampling."})
 
@@ -319,9 +319,9 @@ def rollout(model, tokenizer, rows, cfg, seed=0, group=None, greedy=False, toolb
     starts, length, truncated = [0] * N, [T] * N, [True] * N
     turns, texts = [[] for _ in range(N)], [[] for _ in range(N)]
 
-    def finish_turn(i, start, end, text_end):
-        turns[i].append((start, end))
-        texts[i].append(tokenizer.decode(tokens[i, start:text_end], clean_up_tokenization_spaces=False))
+    def finish_turn(i, end, text_end):
+        turns[i].append((starts[i], end))
+        texts[i].append(tokenizer.decode(tokens[i, starts[i]:text_end], clean_up_tokenization_spaces=False))
     shared = cfg.shared_prefix and can_share(model)
     model.eval()
     with sharing(model) if shared else nullcontext(), autocast(model):
@@ -340,7 +340,7 @@ def rollout(model, tokenizer, rows, cfg, seed=0, group=None, greedy=False, toolb
             for s in (mask & torch.isin(chosen, ends)).nonzero()[:, 0].tolist():  # turns that end here
                 if (i := slots[s]) == spare:
                     continue
-                finish_turn(i, starts[i], t + 1, t)
+                finish_turn(i, t + 1, t)
                 calls = parse_calls(texts[i][-1]) if live and len(turns[i]) < cfg.max_turns else []
                 if calls:
                     results = execute(calls, boxes[i].functions, rows[i // G]["tools"], cfg.tool_timeout)
@@ -357,7 +357,7 @@ def rollout(model, tokenizer, rows, cfg, seed=0, group=None, greedy=False, toolb
     model.train(was_training)
     for i in range(N):
         if truncated[i] and starts[i] < T:  # the turn that was cut is scored as it stands
-            finish_turn(i, starts[i], T, T)
+            finish_turn(i, T, T)
     tokens, sampled, logp, entropy = (x[:N, :max(length)].contiguous() for x in (tokens, sampled, logp, entropy))
     length, truncated = torch.tensor(length, device=device), torch.tensor(truncated, device=device)
     return Rollout(rows, prompts, G, tokens, sampled, logp, entropy, length, truncated, turns, texts)

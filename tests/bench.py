@@ -2,7 +2,7 @@
 
     python tests/bench.py                      # about 12 minutes on 2 cores; writes results/bench.csv, prints a Markdown table
     python tests/bench.py --scaling --repeats 3 --no-memory --arms ours generate trl --out results/bench-scaling.csv
-    python tests/bench.py --gpu                # on a GPU: PLANS["gpu"], three model sizes in bfloat16; writes results/bench-gpu.csv
+    python tests/bench.py --gpu                # on a GPU: GPU_PLANS, three model sizes in bfloat16; writes results/bench-gpu.csv
 
 Same work in all arms: same weights, dtype, prompt ids, batch, temperature and completion length (the end token lies outside the model's
 vocabulary, so that every completion takes its full length), random rewards that differ within every group, fused AdamW, and arms that take
