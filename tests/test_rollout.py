@@ -106,6 +106,21 @@ def test_live_episodes_execute_calls_and_feed_results_as_forced_tokens(tokenizer
     assert region[0, b - 1] == rest.TAG == region[0, d - 1]  # end of turn is format
 
 
+def test_a_budget_that_ends_within_a_tools_answer_leaves_no_empty_turn(tokenizer):
+    n = len(tokenizer(CALL, add_special_tokens=False)["input_ids"]) + 1
+    out = rest.rollout(two_turns(tokenizer, CALL, ANSWER), tokenizer, [ROW], config(max_turns=3, max_completion_tokens=n + 5), toolbox_for=lambda row: Box)
+    assert out.truncated.all() and out.texts == [[CALL]] * 2 and out.turns == [[(0, n)]] * 2 and int(out.sampled[0].sum()) == n
+
+
+def test_the_logged_format_weight_counts_tags_and_json_scaffold(tokenizer):
+    """It once was the mean over tags alone; with the authors' constants the scaffold weighs 0."""
+    model = scripted(tokenizer, [CALL, CALL])
+    cfg = config(method="rest-official", prompts=1, max_completion_tokens=130)
+    metrics, _, region, weight = rest.train_step(model, tokenizer, torch.optim.SGD(model.parameters(), lr=0.1), [ROW], cfg, step=0)
+    both = weight[(region == rest.TAG) | (region == rest.SCAFFOLD)].mean()
+    assert metrics["w_format"] == pytest.approx(float(both)) and both < 0.9 * weight[region == rest.TAG].mean()
+
+
 def test_max_turns_ends_an_episode_that_never_stops_calling(tokenizer):
     out = rest.rollout(two_turns(tokenizer, CALL, CALL), tokenizer, [ROW], config(max_turns=2, max_completion_tokens=400), toolbox_for=lambda row: Box)
     assert out.texts[0] == [CALL, CALL] and not out.truncated.any()
