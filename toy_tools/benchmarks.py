@@ -24,7 +24,8 @@ A sample counts by its calls, not by thought or format:
     has then failed if that was not its last turn. The official checker compares states and results
     after each turn.
       miss_func: some functions are not among the tools until a later turn, whose user message is
-      the official "I have updated some more functions ...". The back ends know them all the time.
+      the official "I have updated some more functions ...". The back ends know them all the time
+      (gold itself calls one early, in multi_turn_miss_func_49).
       miss_param: a parameter comes a turn later. Neither category asks for silence before:
       early calls do harm only by the state that they leave, as in the official script.
       long_context: the back ends are filled with long files, listings and records.
@@ -670,7 +671,7 @@ def _choose(names, limit, api_bank_dir):
 
 
 def _play_all(rows, generate, batch_size):
-    """Play rows, batch_size at a time, like with like; yield (row, outputs, scores) when it ends."""
+    """Play rows, batch_size at a time, like with like. Yields (row, outputs, scores) of each."""
     def size(row):
         return len(str(row["messages"])) + len(str(row["tools"]))
 
