@@ -1,9 +1,9 @@
 """From a row to tokens with any chat template: rest.Chat that finds out first what the template shows.
 
-A chat template is a program of its model's makers. It may leave out tools, system texts, tools' answers or
-earlier thoughts, refuse roles, and close a turn with another token than the tokenizer's eos. None of this
-raises an error by itself, so TemplateChat renders small dialogues when it is made, writes otherwise what
-the template would not show, and says so once, by log.warning and in `notes`."""
+A chat template is a program of its model's makers. It may leave out tools, system texts, tools' answers
+or earlier thoughts, refuse roles, and close a turn with another token than the tokenizer's eos. Most of
+this raises no error by itself, so TemplateChat renders small dialogues when it is made, writes otherwise
+what the template would not show, and says so once, by log.warning and in `notes`."""
 
 import json
 import logging
@@ -143,7 +143,7 @@ class TemplateChat(rest.Chat):
         try:
             return self.tokenizer.apply_chat_template(
                 messages, tools=tools or None, tokenize=False, **options)
-        except (TemplateError, TypeError, AttributeError, LookupError) as error:  # a template is a program
+        except (TemplateError, TypeError, AttributeError, LookupError) as error:  # it is a program
             roles = ", ".join(message["role"] for message in messages)
             names = ", ".join(tool["function"]["name"] for tool in tools)
             names = f" (tools: {names})" if names else ""
@@ -162,26 +162,27 @@ class TemplateChat(rest.Chat):
         contents = [message["content"] for message in messages]
         order = [text.find(message["content"]) for message in messages if message["role"] != "system"]
         listed = not tools or all(word in text for word in PROBE_WORDS)
-        return listed and all(text.count(content) == 1 for content in contents) and order == sorted(order)
+        once = all(text.count(content) == 1 for content in contents)
+        return listed and once and order == sorted(order)
 
     def _find_way(self, tools):
         """(whether the template shows a system text, a value of TOOL_TURNS or None for user turns), or
         None if it does not show a dialogue in any way."""
-        user, *dialogue = _probe("user", "assistant", "tool", "tool", "assistant", "tool", "assistant",
-                                 "user", "assistant", "tool")
+        dialogue = _probe("user", "assistant", "tool", "tool", "assistant", "tool", "assistant", "user",
+                          "assistant", "tool")
+        asked = (dialogue[:1], dialogue[:8], dialogue)  # a policy is asked behind a user or a tool
         system = {"role": "system", "content": "Probé."}
         for tool_turn in (*TOOL_TURNS, None):
-            called = _with_tool_turns([user, *dialogue], tool_turn)
-            if all(self._shows(messages, tools) for messages in ([user], called[:-1], called)):
-                has_system = all(self._shows([system, *messages], tools)
-                                 for messages in ([user], called[:-1], called))
-                return has_system, tool_turn
+            written = [_with_tool_turns(messages, tool_turn) for messages in asked]
+            if all(self._shows(messages, tools) for messages in written):
+                return all(self._shows([system, *messages], tools) for messages in written), tool_turn
         return None
 
     def _judge_ways(self):
         if not self.ways[False]:
             raise ValueError("the tokenizer's chat template does not show each turn of a dialogue between "
-                             "user and assistant once, in order: set tokenizer.chat_template to one that does")
+                             "user and assistant once and in order: set tokenizer.chat_template to one "
+                             "that does, with texts as content")
         if not self.ways[True]:
             self._note("the chat template does not show tools: they are listed in the system text")
         ways = [way for way in self.ways.values() if way]
@@ -189,8 +190,8 @@ class TemplateChat(rest.Chat):
             self._note("the chat template does not show a system text: it is put in front of the first "
                        "user turn")
         if not all(tool_turn is not None for _, tool_turn in ways):
-            self._note("the chat template does not show every turn of a dialogue with tool turns: the tools' "
-                       "answers are written as user turns, inside <tool_response>")
+            self._note("the chat template does not show every turn of a dialogue with tool turns: the "
+                       "tools' answers are written as user turns, inside <tool_response>")
 
     def _find_thought(self):
         """A thought that the template closes before the policy writes anything: have it left open."""
@@ -226,22 +227,22 @@ class TemplateChat(rest.Chat):
         closing = text.partition(assistant["content"])[2].partition(reaction["content"])[0]
         header = [*filter(self._is_special, self.encode(text.partition(user["content"])[0]))]
         found = self._first_special(closing)
-        closes = found is not None and [found] != header[-1:]  # else it opens the next turn
-
         eos = self.tokenizer.eos_token_id
+        opens = [found] == header[-1:] or found == self.tokenizer.bos_token_id != eos  # the next turn
+        closes = found is not None and not opens
         more = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         self.end_ids = {eos, found, *(more if isinstance(more, list) else [more])} - {None}
         self.end_id = found if closes else eos
         if self.end_id is None:
-            raise ValueError("the chat template closes a turn with no token of its own and the tokenizer has "
-                             "no eos_token, so no turn could end: set tokenizer.eos_token")
+            raise ValueError("the chat template closes a turn with no token of its own and the tokenizer "
+                             "has no eos_token, so no turn could end: set tokenizer.eos_token")
         name = self.tokenizer.convert_ids_to_tokens(self.end_id)
         if not closes:
-            self._note(f"behind an assistant turn the chat template writes {closing!r}, in which no token "
-                       f"closes the turn: the tokenizer's eos {name!r} is taught as its end")
+            self._note(f"behind an assistant turn the chat template writes {closing!r}, in which no "
+                       f"token closes the turn: the tokenizer's eos {name!r} is taught as its end")
         elif found != eos:
-            self._note(f"the chat template closes a turn with {name!r}, not with the tokenizer's eos: both "
-                       "end a turn, the template's is taught")
+            self._note(f"the chat template closes a turn with {name!r}, not with the tokenizer's eos: "
+                       "both end a turn, the template's is taught")
         embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
         if embedding is not None and self.end_id >= embedding.weight.shape[0]:
             raise ValueError(f"{name!r}, which ends a turn, is not in the model's vocabulary: call "
@@ -263,14 +264,14 @@ class TemplateChat(rest.Chat):
         """Say what the template makes of past assistant turns."""
         user, assistant, tool, reaction = _probe("user", "assistant", "tool", "user")
         called = {**assistant, "content": CALLED}
-        for behind, where in (([reaction], "followed by a user turn"), ([tool], "that a tool has answered")):
-            text = "".join(self.render([user, called, *behind], [PROBE]))
+        for behind, where in ((reaction, "followed by a user turn"), (tool, "that a tool has answered")):
+            text = "".join(self.render([user, called, behind], [PROBE]))
             lost = [what for what in ("thought", "value") if f"probe {what}" not in text]
             names = " and ".join({"thought": "thoughts", "value": "calls"}[what] for what in lost)
             live = "live episodes keep them token by token"
             if lost:
-                self._note(f"the chat template leaves out the {names} of assistant turns {where}: rows cut "
-                           f"from dialogues do not show them, {live}")
+                self._note(f"the chat template leaves out the {names} of assistant turns {where}: rows "
+                           f"cut from dialogues do not show them, {live}")
             elif CALLED not in text:
                 self._note(f"the chat template does not write assistant turns {where} as they were "
                            f"written: so they stand in rows cut from dialogues, {live}")
@@ -301,10 +302,11 @@ def _with_system(messages, text, has_system):
 
 
 def _with_tool_turns(messages, tool_turn):
-    """The messages whose tool turns have the members of `tool_turn`; if None, they are user turns, one
-    for all answers to a turn and what the user adds to them, since many templates want roles to alternate."""
+    """The messages whose tool turns have the members of `tool_turn`. If None, they are user turns, one for
+    all answers to a turn and what the user adds to them: many templates want roles to alternate."""
     if tool_turn is not None:
-        return [{**message, **tool_turn} if message["role"] == "tool" else message for message in messages]
+        return [{**message, **tool_turn} if message["role"] == "tool" else message
+                for message in messages]
     written = []
     before = ""
     for message in messages:
