@@ -478,6 +478,7 @@ def test_half_surrogates_become_one_replacement_character(bring):
     ("{% for m in messages %}{{ m.content[0].text }}{% endfor %}", "does not show each turn"),
     ("{{ messages[-1].content }}", "does not show each turn"),
     (TURNS + TURNS, "does not show each turn"),
+    (TURNS.replace("in messages", "in messages | reverse"), "does not show each turn"),
     ("{{ raise_exception('never') }}", "refuses the roles user: never"),
     ("{{ messages[0].parts.text }}", "refuses the roles user"),
     ("{{ messages[0].content + 1 }}", "refuses the roles user"),
