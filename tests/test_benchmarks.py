@@ -913,6 +913,18 @@ def made(counts):
             for category, (k, n) in counts.items() for i in range(n)]
 
 
+def test_table_pairs_only_what_both_runs_have():
+    """Of two splits of four that the other run has, each is paired; the overall is not, since a
+    part of it has no pair."""
+    new = made(dict(zip(DIALOGUES, [(3, 4), (0, 10), (7, 7), (1, 3)])))
+    old = made(dict(zip(DIALOGUES[:2], [(1, 2), (2, 20)])))
+    lines = cells(table(new, old))
+    assert lines["multi_turn_base"][5:7] == ["2", "+50.0"]
+    assert lines["multi_turn_miss_func"][5:7] == ["10", "-20.0"]
+    for label in (*DIALOGUES[2:], "bfcl-multi-turn, overall"):
+        assert len(lines[label]) == 5
+
+
 def test_overall_is_the_leaderboards(official):
     """The average of the four splits is the leaderboard's own function's, here on unequal sizes
     (where it is not the share over all samples), and there is none without one of the splits.
