@@ -85,10 +85,11 @@ def call(name, /, **arguments):
 def script(turns, together=False):
     """Turns (lists of calls) -> the texts of a policy that makes these calls, then ends the turn.
 
-    One call a step, but no more than 20 steps a turn; all in one step if `together`."""
+    One call a step, but no more than 20 steps a turn; if `together`, as many in a step as are read
+    (all, but for two dialogues)."""
     texts = []
     for calls in turns:
-        most = len(calls) if together else -(-len(calls) // MAX_STEPS)
+        most = rest.MAX_CALLS if together else -(-len(calls) // MAX_STEPS)
         texts += [completion(calls[i:i + most]) for i in range(0, len(calls), most or 1)]
         texts.append(completion([]))
     return texts
