@@ -257,31 +257,6 @@ REGIONS = ("tag", "scaffold", "name", "params", "thought", "text")
 PAPER_REGIONS = {"format": (TAG, SCAFFOLD), "name": (NAME,), "params": (PARAMS,), "thought": (THOUGHT,),
                  "text": (TEXT,)}  # the authors' constants tell tags and JSON scaffold apart, the paper does not
 
-def label_chars(text):
-    """The region of every character, a bytearray as long as the text; total on any input.
-
-    >>> list(label_chars('<think>a</think>')[6:9])
-    [0, 4, 0]
-    """
-    label = bytearray(SCAFFOLD if c.isspace() else TEXT for c in text)
-
-    def fill(start, end, region):
-        label[start:end] = bytes([region]) * (end - start)
-
-    inside = {"think": THOUGHT, "tool_call": SCAFFOLD, "response": TEXT}
-    for block in split_blocks(text):
-        fill(block.start, block.end, TAG)
-        fill(*block.inner, inside[block.kind])
-        for _, _, stop, fields in block.calls:
-            for key, (value, start, end) in fields.items():
-                end = stop if end is None else end  # broken off: to the end of its line
-                if key == "name":  # its quotes are format
-                    start += text[start:start + 1] == '"'
-                    fill(start, end - isinstance(value, str), NAME)
-                elif key in ("arguments", "parameters"):
-                    fill(start, end, PARAMS)
-    return label
-
 def tag_regions(pieces):
     """Per token of one assistant turn, given each id's own text, the regions of its visible characters in
     order: the first is the token's own. A blank token takes the region it stands in.
@@ -750,6 +725,31 @@ def split_blocks(text):
         pos = stop + len(f"</{kind}>") if closed else stop
         blocks.append(Block(kind, match.start(), pos, (inner, stop), closed, calls))
     return blocks
+
+def label_chars(text):
+    """The region of every character, a bytearray as long as the text; total on any input.
+
+    >>> list(label_chars('<think>a</think>')[6:9])
+    [0, 4, 0]
+    """
+    label = bytearray(SCAFFOLD if c.isspace() else TEXT for c in text)
+
+    def fill(start, end, region):
+        label[start:end] = bytes([region]) * (end - start)
+
+    inside = {"think": THOUGHT, "tool_call": SCAFFOLD, "response": TEXT}
+    for block in split_blocks(text):
+        fill(block.start, block.end, TAG)
+        fill(*block.inner, inside[block.kind])
+        for _, _, stop, fields in block.calls:
+            for key, (value, start, end) in fields.items():
+                end = stop if end is None else end  # broken off: to the end of its line
+                if key == "name":  # its quotes are format
+                    start += text[start:start + 1] == '"'
+                    fill(start, end - isinstance(value, str), NAME)
+                elif key in ("arguments", "parameters"):
+                    fill(start, end, PARAMS)
+    return label
 
 def _find(text, what, pos):
     found = text.find(what, pos)
