@@ -288,7 +288,7 @@ def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path):
     pid = child(hold)
     os.read(into, 1)
     for resume in (False, True):
-        with pytest.raises(runs.Busy, match=f"in use by another process .process {pid} on "):
+        with pytest.raises(runs.Taken, match=f"in use by another process .process {pid} on "):
             runs.claim(tmp_path, "run", resume=resume)
     os.kill(pid, signal.SIGKILL)
     assert status(pid) == -signal.SIGKILL
@@ -332,7 +332,7 @@ def test_other_folders_and_files_are_left_alone(tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("")
     (tmp_path / "file").write_text("")
-    for name, words in (("thesis", "not the folder of a run .it holds chapter1.tex"), ("file", "cannot write to .*file")):
+    for name, words in (("thesis", "not the folder of a run .it holds chapter1.tex, but no config.json"), ("file", "cannot write to .*file")):
         with pytest.raises(ValueError, match=words):
             runs.claim(tmp_path, name, resume=True)
     with pytest.raises(ValueError, match="cannot write to .*choose another --output-dir"):

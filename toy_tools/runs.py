@@ -10,6 +10,7 @@
 
 import csv
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -37,14 +38,14 @@ NEWEST, PREVIOUS = "checkpoint", "checkpoint.previous"
 PART, OLD, DAMAGED = "checkpoint.part", "checkpoint.old", "checkpoint.damaged"
 
 
-class Busy(ValueError):
-    """Another process works on this folder."""
+class Taken(ValueError):
+    """The folder is another process's, or not that of a run."""
 
 
 # ---------------------------------------------------------------------------------------------- files
 
 def sync(path):
-    """Returns once the file or folder is on the disk, not only in the memory of the system."""
+    """Returns once the file or folder is on the disk, not only in the system's memory."""
     if path.is_dir() and os.name == "nt":  # Windows opens no folders
         return
     handle = os.open(path, os.O_RDONLY)
@@ -55,7 +56,7 @@ def sync(path):
 
 
 def write_text(path, text):
-    """Replaces the file as a whole: whoever reads it, and whenever we are killed, finds the old text or the new."""
+    """Replaces the file as a whole: whenever we are killed, the old text is there or the new."""
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     sync(part)
@@ -89,7 +90,8 @@ def write_manifest(folder, step):
     files = {}
     for path in files_below(folder):
         sync(path)
-        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
+        name = path.relative_to(folder).as_posix()
+        files[name] = {"size": path.stat().st_size, "sha256": sha256(path)}
     write_json(folder / MANIFEST, {"step": step, "files": files})
     for path in folder.rglob("*"):
         if path.is_dir():
@@ -97,7 +99,7 @@ def write_manifest(folder, step):
 
 
 def checkpoint_age(path):
-    """Sorts the newest checkpoint first, by the steps in their manifests. Where one cannot be read its name decides."""
+    """Sorts the newest first: minus its steps, as its manifest has them, or else by its name."""
     try:
         return -int(read_json(path / MANIFEST)["step"])
     except (OSError, ValueError, TypeError, KeyError):
@@ -109,7 +111,8 @@ def verify(folder):
     if not (folder / MANIFEST).is_file():
         raise ValueError(f"{folder} is incomplete: it has no {MANIFEST}")
     try:
-        files = {name: (entry["size"], entry["sha256"]) for name, entry in read_json(folder / MANIFEST)["files"].items()}
+        entries = read_json(folder / MANIFEST)["files"].items()
+        files = {name: (entry["size"], entry["sha256"]) for name, entry in entries}
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{folder / MANIFEST} is damaged ({error!r})") from error
     for name, (size, digest) in files.items():
@@ -128,10 +131,12 @@ def find_checkpoint(folder, read=lambda path: None):
     """(path, read(path), sentences): the newest whole checkpoint of a run, and what is wrong with newer ones.
 
     An interrupted save leaves the newest one in any of four places. Nothing is changed. read(path) may raise
-    too: then the one before is taken. Raises FileNotFoundError without any checkpoint, ValueError without a whole one."""
+    too: then the one before is taken. Raises FileNotFoundError if there is none, ValueError if none is whole."""
     folder = Path(folder)
     found = [folder / name for name in (NEWEST, PREVIOUS) if (folder / name).is_dir()]
-    found += [folder / name for name in (PART, OLD) if (folder / name / MANIFEST).exists()]  # else half written or removed
+    for name in (PART, OLD):  # without a manifest they are half written, or half removed
+        if (folder / name / MANIFEST).exists():
+            found.append(folder / name)
     if not found:
         raise FileNotFoundError(f"no checkpoint in {folder}")
     problems = []
@@ -152,7 +157,7 @@ def remove(path):
 
 
 def rotate(folder):
-    """part -> newest -> previous -> gone, in moves each of which leaves a state that find_checkpoint reads."""
+    """part -> newest -> previous -> gone; find_checkpoint reads the state after each of these moves."""
     remove(folder / OLD)
     for source, target in ((PREVIOUS, OLD), (NEWEST, PREVIOUS), (PART, NEWEST)):
         if (folder / source).exists():
@@ -165,52 +170,58 @@ def rotate(folder):
 
 def plain_name(name):
     """The name, if it can only be a folder within another; raises ValueError."""
-    if name != name.strip() or name in ("", ".", "..") or set("/\\") & set(name) or not name.isprintable():
-        raise ValueError(f"--name must be the plain name of a folder, without slashes and outer spaces, not {name!r}")
-    if len(name.encode()) > 200:
-        raise ValueError(f"--name is too long: {len(name.encode())} bytes, at most 200")
+    outside = name in ("", ".", "..") or set("/\\") & set(name)
+    if outside or name != name.strip() or not name.isprintable():
+        raise ValueError(f"--name must be a plain name, without slashes and outer spaces, not {name!r}")
+    size = len(name.encode())
+    if size > 200:
+        raise ValueError(f"--name is too long: {size} bytes, at most 200")
     return name
 
 
 class RunFolder:
-    """The folder base/name, made and locked for this process until it is closed or dies. To be used in a `with`.
+    """The folder base/name, made and locked for this process until it is closed or dies. For a `with`.
 
-    `new`: no run has begun in it. `worth`: set this once it holds what should not be lost; a folder that was new
-    and is left by an exception before that is removed again, so that refused input leaves nothing behind.
-    Raises ValueError: not a plain name, cannot be made, is something else's folder; Busy: used by another process."""
+    `new`: none of the files `marks` is there, so nothing has begun in it. `worth`: set this once it holds what
+    should not be lost; a new folder that is left by an exception before that is removed, so that refused
+    input leaves nothing behind. Raises ValueError if it cannot be made; Taken."""
 
-    def __init__(self, base, name):
+    def __init__(self, base, name, marks=("config.json",)):
         self.path = Path(base) / plain_name(name)
         self.made = [path for path in (self.path, *self.path.parents) if not path.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._refuse_strangers()
+            self._look(marks)
             self._take_lock()
         except OSError as error:
-            raise ValueError(f"cannot write to {self.path} ({error.strerror}): choose another --output-dir") from error
-        self.new = not (self.path / "config.json").exists()
-        self.worth = not self.new
+            reason = f"cannot write to {self.path} ({error.strerror})"
+            raise ValueError(f"{reason}: choose another --output-dir") from error
+        self._look(marks)  # again, now that nobody else writes
 
-    def _refuse_strangers(self):
+    def _look(self, marks):
         names = {path.name for path in self.path.iterdir()} - {"lock", "config.json.part"}
-        if names and "config.json" not in names:
-            raise ValueError(f"{self.path} is not the folder of a run (it holds {min(names)}, "
-                             "but no config.json): choose another --name")
+        self.new = not names & set(marks)
+        self.worth = not self.new
+        if self.new and names:
+            raise Taken(f"{self.path} is not the folder of a run (it holds {min(names)}, but no "
+                        f"{' and no '.join(marks)}): choose another --name")
 
     def _take_lock(self):
         self.lock = open(self.path / "lock", "a+")
         try:
             if fcntl:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go by the system when we die, however we die
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when we die, however we die
         except BlockingIOError:
             self.lock.seek(0)
             owner = self.lock.read().strip()
             self.lock.close()
-            raise Busy(f"{self.path} is in use by another process ({owner}): wait for it, or choose another --name") from None
+            raise Taken(f"{self.path} is in use by another process ({owner}): "
+                        "wait for it, or choose another --name") from None
         except OSError as error:
-            log.warning("%s: no locks on this file system (%s): let no second process work there", self.path, error.strerror)
+            log.warning("no locks on this file system (%s): let no second process work in %s",
+                        error.strerror, self.path)
         if not os.fstat(self.lock.fileno()).st_nlink:
-            raise Busy(f"{self.path} was just removed by another process: try again")
+            raise Taken(f"{self.path} was just removed by another process: try again")
         self.lock.truncate(0)
         self.lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         self.lock.flush()
@@ -238,7 +249,7 @@ class RunFolder:
     __str__ = __fspath__
 
     def save(self, write, step, keep=False):
-        """A checkpoint of `step` finished steps; write(folder) makes its files. keep: it also stays as kept/stepN."""
+        """A checkpoint after `step` steps; write(folder) makes its files. keep: it stays, as kept/stepN."""
         part = self.path / PART
         remove(part)
         part.mkdir()
@@ -262,7 +273,7 @@ class RunFolder:
         part.rename(kept)
 
     def load(self, read):
-        """(read(path), sentences) of the newest whole checkpoint, see find_checkpoint; it stands at `checkpoint` afterwards."""
+        """(read(path), sentences) as find_checkpoint has them; what was read is `checkpoint` afterwards."""
         path, value, problems = find_checkpoint(self.path, read)
         if path.name == PART and not problems:
             rotate(self.path)
@@ -272,13 +283,13 @@ class RunFolder:
         return value, problems
 
     def set_aside(self):
-        """The newest checkpoint is no good: out of the way, as checkpoint.damaged."""
+        """Moves the newest checkpoint out of the way, to checkpoint.damaged."""
         remove(self.path / DAMAGED)
         if (self.path / NEWEST).exists():
             (self.path / NEWEST).rename(self.path / DAMAGED)
 
     def fall_back(self):
-        """Puts the checkpoint before the newest in its place, since the newest is no good. False: there is none."""
+        """The newest checkpoint is no good: the one before takes its place. False if there is none."""
         if not (self.path / PREVIOUS).exists():
             return False
         self.set_aside()
@@ -287,28 +298,19 @@ class RunFolder:
 
 
 def claim(base, name="", default="run", resume=False):
-    """The RunFolder of a run to begin or, with resume, to begin or continue. Without a name: default, numbered if taken.
-
-    Raises ValueError if a run of that name was begun and resume is False, and what RunFolder raises."""
+    """The RunFolder of a run to begin or, with resume, to begin or continue. Without a name: the default,
+    numbered if taken. Raises Taken if a run of that name was begun and resume is False; see RunFolder."""
     if name:
         folder = RunFolder(base, name)
         if not resume and not folder.new:
             folder.close()
-            raise ValueError(f"{folder} exists: continue it with --resume, or choose another --name")
+            raise Taken(f"{folder} exists: continue it with --resume, or choose another --name")
         return folder
-    number = 1
-    while True:
-        path = default if number == 1 else f"{default}-{number}"
-        number += 1
-        if (Path(base) / path / "config.json").exists():
-            continue
+    for number in itertools.count(1):
         try:
-            folder = RunFolder(base, path)
-        except Busy:
-            continue
-        if folder.new:
-            return folder
-        folder.close()  # begun by another process since we looked
+            return claim(base, default if number == 1 else f"{default}-{number}")
+        except Taken:
+            pass
 
 
 # ---------------------------------------------------------------------------------------------- metrics
@@ -334,7 +336,7 @@ class Metrics:
         if missing:
             self.problems.append(f"{self.file} has no line for {spans(missing)} of the {first} steps done")
         if twice:
-            self.problems.append(f"{self.file} has several lines for {spans(twice)}; the last of each is kept")
+            self.problems.append(f"{self.file} has several lines for {spans(twice)}: the last counts")
         self.rows = [rows[step] for step in sorted(rows)]
         if self.file.exists():
             write_text(self.file, "".join(json.dumps(row) + "\n" for row in self.rows))
@@ -357,7 +359,7 @@ class Metrics:
             out.write(json.dumps(row) + "\n")
 
     def sync(self):
-        """To be called before a checkpoint is saved: no checkpoint outlives a power cut without its metrics."""
+        """Before a checkpoint is saved: none shall outlive a power cut without its metrics."""
         if not self.rows:
             return
         sync(self.file)
@@ -410,7 +412,7 @@ class Interrupt:
     sets `requested` to its name, so that the step can be finished and saved, and another Ctrl-C stops at once.
     A signal that the process was started to ignore (nohup) stays ignored."""
 
-    SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+    SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 
     def __init__(self):
         self.requested = ""
@@ -442,7 +444,7 @@ class Interrupt:
         self.requested = self.requested or name
         at_once = not self.waits or again and name == "SIGINT"
         if not at_once and not again:
-            say(f"\n{name}: finishing this step, then saving; {'another' if name == 'SIGINT' else 'a'} Ctrl-C stops at once\n")
+            say(f"\n{name}: finishing this step, then saving; Ctrl-C now stops at once\n")
         if name == "SIGHUP":
             silence()
         if at_once:
@@ -458,7 +460,7 @@ def say(text):
 
 
 def silence():
-    """After a terminal has closed every print to it, or to a pipe that died with it, would fail, and the run with it."""
+    """A closed terminal, and a pipe that died with it, fail every print, and so the run: none goes there."""
     null = os.open(os.devnull, os.O_WRONLY)
     for handle in (1, 2):
         if not stat.S_ISREG(os.fstat(handle).st_mode):
