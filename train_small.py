@@ -1,15 +1,16 @@
 """Train a tool-calling policy with ResT: `python train_small.py`. Without arguments it needs no download: it
-makes a 1M-parameter policy, warm-starts it on imperfect demonstrations, and reinforces it on executable toy
-tools. README.md has examples."""
+makes a 1M-parameter policy, warm-starts it on imperfect demonstrations, and reinforces it on executable
+toy tools. `--help` lists every option; README.md has examples.
 
-import argparse
+`train` names the stages of a run, in order; each is a function below."""
+
 import hashlib
 import math
 import os
 import random
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -20,196 +21,15 @@ from transformers import set_seed
 from transformers.utils import logging as hf_logging
 
 import rest
-from rest import knob
 from toy_tools import benchmarks, fast, policy, runs, show, tasks
 from toy_tools.chat import TemplateChat
 from toy_tools.data import load_rows
+from toy_tools.options import FREE, Run, check, flag, read_options, supervised
 
 INSTRUCTIONS = (
     "First think inside <think> and </think>. Then either call tools, one JSON object per line inside "
     "<tool_call> and </tool_call>, or, where no tool fits or nothing is left to call, answer inside "
     "<response> and </response>.")
-
-
-# ---------------------------------------------------------------------------------- options
-
-def several(text):
-    return field(default_factory=list, metadata={"help": text, "bound": None})
-
-
-@dataclass
-class Run:
-    """What to run, and on what."""
-
-    name: str = knob("", "Folder under --output-dir; empty: METHOD-seedS, numbered if taken.")
-    output_dir: str = knob("runs", "Where runs are kept: metrics, options, policy.")
-    model: str = knob("", "Hub id, folder or .gguf file of a chat model; empty: the embedded 1M policy.")
-    data: str = knob("", "Training rows: .jsonl, ToolRL .parquet/.json, or a hub id; empty: toy tasks.")
-    eval_data: str = knob("", "Held-out rows, in the same forms; empty: toy tasks.")
-    device: str = knob("", "cuda, mps or cpu; empty: the first of these that is there.")
-    dtype: str = knob("float32", "Weights in float32 (bf16 autocast on GPUs that have it) or bfloat16, "
-                      "which rounds small updates away.")
-    lora_rank: int = knob(0, "Train low-rank adapters of this rank instead of the weights; 0: none.", "at least 0")
-    gradient_checkpointing: bool = knob(False, "Less activation memory, about a third more time.")
-    shared_prefix: bool = knob(True, "Forward each prompt once per group, not once per completion.")
-    cuda_graph: bool = knob(True, "On a GPU, capture the decoding step as a CUDA graph and replay it.")
-    compile_decode: bool = knob(False, "torch.compile the decoding step: half a minute at first, for long runs.")
-    warm_start_steps: int = knob(-1, "Supervised steps before RL; -1: as many as the embedded policy needs, "
-                                 "none for a --model.", "-1 or more")
-    warm_start_batch: int = knob(8, "Rows per supervised step of a --model.", "at least 1")
-    micro_batch: int = knob(2, "Rows per forward in a --model's supervised steps.", "at least 1")
-    warm_start_lr: float = knob(2e-4, "Learning rate of a --model's supervised steps.", "in (0, 1]")
-    noise: float = knob(0.22, "Rate of each kind of mistake in the toy demonstrations.", "in [0, 1]")
-    train_rows: int = knob(4000, "Toy tasks to train on.", "at least 1")
-    eval_rows: int = knob(200, "Held-out toy tasks (at most so many rows of --eval-data) to evaluate on, "
-                          "before and after.", "at least 0")
-    eval_samples: int = knob(2, "Completions sampled per held-out task.", "at least 1")
-    eval_batch: int = knob(64, "Prompts evaluated at once.", "at least 1")
-    mask_names: bool = knob(False, "Random strings for tool and parameter names, so that descriptions must be read.")
-    save_steps: int = knob(50, "Checkpoint every so many steps; 0: only at the start and the end.", "at least 0")
-    keep_steps: list[int] = several("Steps whose checkpoints stay, as kept/stepN; 0: the start.")
-    resume: bool = knob(False, "Continue the run --name, or begin it if there is none.")
-    eval_only: bool = knob(False, "No training: evaluate the run --name, --model, or the embedded policy.")
-    benchmarks: list[str] = several("bfcl, bfcl-code, bfcl-live, bfcl-multi-turn, api-bank, or categories.")
-    api_bank_dir: str = knob("", "Folder with level-{1,2,3}-api_processed.json.")
-    limit: int = knob(0, "At most so many prompts per benchmark category (a fixed subset); 0: all.", "at least 0")
-    compare: str = knob("", "benchmarks.jsonl of another run, for paired differences.")
-
-
-BOUNDS = rest.BOUNDS | {"-1 or more": lambda x: x >= -1, "in [0, 1]": lambda x: 0 <= x <= 1}
-
-# What a resumed run may change: nothing here changes what is drawn, trained on or measured.
-FREE = {"name", "output_dir", "device", "gradient_checkpointing", "shared_prefix", "cuda_graph", "compile_decode",
-        "micro_batch", "eval_batch", "save_steps", "keep_steps", "resume", "micro_batch_tokens"}
-
-# The methods that read a knob; the others read none of these, and a method of one's own may read all.
-ENTROPY = {"rest", "rest-static", "no-thought", "shuffled", "token-entropy"}
-CURRICULUM = {"rest", "no-thought", "shuffled"}
-READERS = {
-    "raw_weight": ENTROPY, "min_entropy": ENTROPY,
-    "alpha_format": CURRICULUM, "alpha_params": CURRICULUM, "alpha_thought": CURRICULUM,
-    "weight_min": CURRICULUM | {"rest-static"}, "weight_max": CURRICULUM | {"rest-static"},
-    "top_entropy_fraction": {"top-entropy"}}
-METHODS = set(rest.WEIGHTS)  # those of rest.py, before anybody adds one
-EVALUATION = {"max_completion_tokens", "max_turns", "temperature", "tool_timeout", "seed"}  # of Config, without training
-
-
-def flag(name):
-    return "--" + name.replace("_", "-")
-
-
-def boolean(text):
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"must be True or False, not {text!r}")
-    return text.lower() == "true"
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(message)
-
-
-class Once(argparse.Action):
-    """An option that is given twice would be ignored once."""
-
-    def __call__(self, parser, namespace, value, option_string=None):
-        if hasattr(namespace, self.dest):
-            parser.error(f"{option_string} is given twice")
-        setattr(namespace, self.dest, value)
-
-
-def read_options(argv=None):
-    """(Run, rest.Config, names of the options given). --some-name and --some_name are the same, and a bool may be
-    given as --flag, --flag True or --flag False. Raises ValueError with a sentence."""
-    parser = Parser(description=__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for options in (Run, rest.Config):
-        group = parser.add_argument_group(options.__doc__.splitlines()[0])
-        for option in fields(options):
-            kind = {"type": option.type}
-            if option.type is bool:
-                kind = {"type": boolean, "nargs": "?", "const": True}
-            elif option.type in (list[str], list[int]):
-                kind = {"type": option.type.__args__[0], "nargs": "+"}
-            default = "" if option.default in ("", field().default) else f" [{option.default}]"
-            text = (option.metadata["help"] + default).replace("%", "%%")
-            group.add_argument(flag(option.name), action=Once, help=text, **kind)
-    argv = sys.argv[1:] if argv is None else argv
-    given = vars(parser.parse_args([dashes(word) for word in argv]))
-    run, cfg = (options(**{option.name: given[option.name] for option in fields(options) if option.name in given})
-                for options in (Run, rest.Config))
-    return run, cfg, set(given)
-
-
-def dashes(word):
-    name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value if word.startswith("--") else word
-
-
-def check(run, cfg, given, device):
-    """Raises ValueError for what cannot be, and for every option given that would be ignored."""
-    for option in fields(run):
-        value, bound = getattr(run, option.name), option.metadata["bound"]
-        if bound and not (math.isfinite(value) and BOUNDS[bound](value)):
-            raise ValueError(f"{flag(option.name)} must be a number {bound}, not {value}")
-    for name in given & {"name", "output_dir", "model", "data", "eval_data", "compare", "api_bank_dir"}:
-        if not getattr(run, name).strip():
-            raise ValueError(f"{flag(name)} is empty: give it a value, or leave it out")
-    if "name" in given:
-        runs.plain_name(run.name)
-    if run.dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"--dtype must be float32 or bfloat16, not {run.dtype!r}")
-    if cfg.learning_rate > 1:
-        raise ValueError(f"--learning-rate must lie in (0, 1], not {cfg.learning_rate}")
-    if cfg.seed >= 2**32:
-        raise ValueError(f"--seed must be below 2**32, not {cfg.seed}")
-    if run.resume and not run.name:
-        raise ValueError("--resume continues a run: name it with --name")
-    late = [step for step in run.keep_steps if not 0 <= step <= cfg.steps]
-    if late:
-        raise ValueError(f"--keep-steps {late[0]} is not a step of a run of {cfg.steps}")
-    if run.compare and not Path(run.compare).is_file():
-        raise ValueError(f"no such file: {run.compare} (--compare takes the benchmarks.jsonl of another run)")
-    for names, applies, why in misfits(run, cfg, given, device):
-        ignored = sorted(given & set(names))
-        if ignored and not applies:
-            raise ValueError(f"{flag(ignored[0])} would have no effect: {why}")
-
-
-def misfits(run, cfg, given, device):
-    """[(options, whether they have an effect in this run, what they need)]"""
-    training = not run.eval_only
-    embedded = not run.model and not (run.eval_only and run.name)
-    supervised = training and bool(run.model) and run.warm_start_steps > 0
-    toys = not run.benchmarks and (training and not run.data or not run.eval_data and not (run.eval_only and run.data))
-    of_config = {option.name for option in fields(cfg)}
-    rules = [
-        ({"benchmarks"}, not training, "it needs --eval-only"),
-        ({"api_bank_dir", "limit", "compare"}, not training and run.benchmarks, "it needs --eval-only and --benchmarks"),
-        ({"api_bank_dir"}, any(name.startswith("api") for name in run.benchmarks), "no --benchmarks of API-Bank are asked for"),
-        ({"train_rows", "save_steps", "keep_steps", "resume", "gradient_checkpointing", "lora_rank"}
-         | of_config - EVALUATION, training, "it is for training, and --eval-only trains nothing"),
-        ({"data", "eval_data", "eval_rows", "eval_samples", "temperature", "max_turns", "tool_timeout"},
-         not run.benchmarks, "--benchmarks have their own rows and are answered greedily, in their own turns"),
-        ({"seed"}, not run.benchmarks or embedded, "--benchmarks are answered greedily"),
-        ({"data"}, training or not run.eval_data, "--eval-only evaluates the rows of --eval-data"),
-        ({"eval_data", "eval_samples", "eval_batch"}, run.eval_rows > 0 or run.benchmarks, "--eval-rows 0 evaluates nothing"),
-        ({"name"}, training or not run.model or run.benchmarks,
-         "--model is evaluated and only printed; --name RUN without --model evaluates that run's policy"),
-        ({"output_dir"}, training or run.name or run.benchmarks, "nothing is read or written there"),
-        ({"dtype", "gradient_checkpointing", "lora_rank"}, not embedded, "it is for a --model, the embedded policy is small and float32"),
-        ({"warm_start_steps"}, training or embedded, "--eval-only trains nothing"),
-        ({"warm_start_batch", "micro_batch", "warm_start_lr"}, supervised, "it is for the supervised steps of a --model: give --warm-start-steps"),
-        ({"noise"}, embedded or supervised and not run.data, "there are no toy demonstrations to disturb"),
-        ({"train_rows"}, not run.data, "--data has its own rows"),
-        ({"mask_names"}, toys or embedded, "there are no toy tasks in this run"),
-        ({"tool_timeout"}, cfg.max_turns > 1, "tools run only where --max-turns is above 1"),
-        ({"cuda_graph", "compile_decode"}, run.shared_prefix, "it speeds up the shared prefix, which is switched off"),
-        ({"cuda_graph"}, device.type == "cuda" or not run.cuda_graph, f"it is for a GPU, and the device is {device.type}"),
-        ({"delta"}, cfg.method != "dr-grpo", "dr-grpo does not divide advantages"),
-    ]
-    if cfg.method in METHODS:
-        rules += [({name}, cfg.method in readers, f"--method {cfg.method} does not read it") for name, readers in READERS.items()]
-    return rules
 
 
 # ---------------------------------------------------------------------------------- the stages of a run
@@ -235,13 +55,15 @@ def warn(sentences):
 
 
 def pick_device(name):
-    """The device of that name, or the first of cuda, mps, cpu that works. Raises ValueError if a named one is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind, _, index = name.partition(":")
-    known = there.get(kind) and (not index or kind == "cuda" and index.isdecimal())
-    if name and not (known and int(index or 0) < max(1, torch.cuda.device_count())):
-        raise ValueError(f"device {name!r} is not available here: use one of {', '.join(d for d, ok in there.items() if ok)}")
-    device = torch.device(name or next(d for d, ok in there.items() if ok))
+    """The device of that name, or the first that is there. Raises ValueError if a named one is not."""
+    there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    there = ["cuda", *there] if there else []
+    if torch.backends.mps.is_available():
+        there.append("mps")
+    there.append("cpu")
+    if name and name not in there:
+        raise ValueError(f"device {name!r} is not available here: use one of {', '.join(there)}")
+    device = torch.device(name or there[0])
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # streams and graphs are made on the current device
     return device
@@ -250,7 +72,8 @@ def pick_device(name):
 def load_data(run, cfg):
     """(training rows, held-out rows); the first are empty under --eval-only."""
     if cfg.max_turns > 1 and (run.data or run.eval_data):
-        raise ValueError("--max-turns above 1 needs tools that run: it works on the toy tasks; --data and --eval-data are taken step by step")
+        raise ValueError("--max-turns above 1 needs tools that run: it works on the toy tasks, "
+                         "and --data and --eval-data are taken step by step")
     held_out = run.eval_data or (run.eval_only and run.data)
     if not run.eval_rows:
         test = []
@@ -262,10 +85,12 @@ def load_data(run, cfg):
         return [], test
     rows = load_rows(run.data) if run.data else toy_rows(run.train_rows, "train", run, cfg)
     if len(rows) < cfg.prompts:
-        raise ValueError(f"{len(rows)} training rows are fewer than the {cfg.prompts} prompts of a step: lower --prompts")
+        raise ValueError(f"{len(rows)} training rows are fewer than the {cfg.prompts} prompts of a step: "
+                         "lower --prompts")
     bare = sum("target" not in row and "demo" not in row for row in rows)
     if supervised(run) and bare:
-        raise ValueError(f"--warm-start-steps needs demonstrations, but {bare} rows of {run.data} have neither \"demo\" nor \"target\"")
+        raise ValueError(f"--warm-start-steps needs demonstrations, but {bare} rows of {run.data} have "
+                         'neither "demo" nor "target"')
     return rows, test
 
 
@@ -275,26 +100,25 @@ def toy_rows(count, split, run, cfg):
     return rows if cfg.max_turns > 1 else [step for row in rows for step in tasks.decompose(row)]
 
 
-def supervised(run):
-    """Whether a --model gets supervised steps here; the embedded policy brings its own warm start."""
-    return bool(run.model) and run.warm_start_steps > 0 and not run.eval_only
-
-
 def load_policy(run, cfg, device, path=""):
     """The policy in `path`, or --model, or the embedded one after its warm start."""
     path = path or run.model and whole(run.model)
     if path:
+        dtype = getattr(torch, run.dtype)
         lora = {"lora_rank": run.lora_rank} if run.lora_rank else {}
-        model, tokenizer = policy.load_model(path, getattr(torch, run.dtype), run.gradient_checkpointing, **lora)
+        model, tokenizer = policy.load_model(path, dtype, run.gradient_checkpointing, **lora)
     else:
         steps = run.warm_start_steps if run.warm_start_steps >= 0 else policy.WARM_START_STEPS
-        model, tokenizer = policy.tiny_policy(cfg.seed, steps, noise=run.noise, mask_names=run.mask_names, device=device)
+        model, tokenizer = policy.tiny_policy(cfg.seed, steps, noise=run.noise, mask_names=run.mask_names,
+                                              device=device)
     if not finite(model):
         raise ValueError(f"the weights of {path or 'the embedded policy'} are not finite: it cannot be used")
     # the embedded policy learns the format from its demonstrations, a real model is told
     instructions = "" if tokenizer.chat_template == policy.CHAT_TEMPLATE else INSTRUCTIONS
-    if instructions and not run.eval_only and cfg.steps and cfg.learning_rate == rest.Config.learning_rate:
-        raise ValueError(f"--learning-rate {cfg.learning_rate} is the default of the embedded policy and would wreck a pretrained model: set it, to about 1e-6")
+    default = cfg.learning_rate == rest.Config.learning_rate
+    if instructions and default and cfg.steps and not run.eval_only:
+        raise ValueError(f"--learning-rate {cfg.learning_rate} is the default of the embedded policy and "
+                         "would wreck a pretrained model: set it, to about 1e-6")
     model.to(device)
     engine = fast.engine(model, run.shared_prefix, run.cuda_graph, run.compile_decode)
     return Learner(model, tokenizer, TemplateChat(tokenizer, instructions), engine)
@@ -316,17 +140,28 @@ def finite(model):
     return all(bool(p.detach().isfinite().all()) for p in model.parameters())
 
 
-def check_prompts(what, rows, learner, cfg):
-    """Raises ValueError naming the first row that is no prompt, or that leaves no room for its completion."""
-    limit = getattr(learner.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    for number, row in enumerate(rows, 1):
+def context_length(model):
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
+def check_prompts(what, source, rows, learner, cfg):
+    """Raises ValueError naming the first row that is no prompt, or that leaves no room for its completion.
+
+    source: the file they are from. Toy tasks are alike, so that of those the longest are enough."""
+    limit = context_length(learner.model)
+    numbered = list(enumerate(rows, 1))
+    if not source:
+        numbered = sorted(numbered, key=lambda pair: len(repr(pair[1])))[-50:]
+    for number, row in numbered:
+        where = f"row {number} of {source or 'the toy tasks'} ({what})"
         try:
             length = len(learner.chat.prompt(row)[0])
         except Exception as error:  # whatever the chat template raises
-            raise ValueError(f"{what} row {number} cannot be written as a prompt: {error!r}") from error
+            raise ValueError(f"{where} cannot be written as a prompt: {error!r}") from error
         if length + cfg.max_completion_tokens > limit:
-            raise ValueError(f"{what} row {number}: its prompt of {length} tokens and --max-completion-tokens {cfg.max_completion_tokens} "
-                             f"are more than the {limit} tokens of the model's context")
+            raise ValueError(
+                f"{where} does not fit: its prompt has {length} tokens, with --max-completion-tokens "
+                f"{cfg.max_completion_tokens} that is more than the model's context of {limit}")
 
 
 def train(run, cfg, device, interrupt):
@@ -339,15 +174,16 @@ def train(run, cfg, device, interrupt):
         learner, first = (None, 0) if folder.new else reopen(folder, run, cfg, device)
         if learner is None:
             learner = load_policy(run, cfg, device)
-            check_prompts("training", rows, learner, cfg)
-            check_prompts("held-out", test, learner, cfg)
+            check_prompts("training", run.data, rows, learner, cfg)
+            check_prompts("held-out", run.eval_data, test, learner, cfg)
             if supervised(run):
                 demonstrate(learner, rows, run, cfg)
             begin(folder, learner, run, cfg)
         metrics = runs.Metrics(folder, first)
         warn(metrics.problems)
         size = sum(p.numel() for p in learner.model.parameters())
-        print(f"{folder}: {cfg.method} on {device}, {size / 1e6:.2f}M parameters, {len(rows)} training rows, steps {first} to {cfg.steps}")
+        print(f"{folder}: {cfg.method} on {device}, {size / 1e6:.2f}M parameters, {len(rows)} training rows, "
+              f"steps {first} to {cfg.steps}")
         before = evaluate_start(folder, learner, test, run, cfg)
         start = time.perf_counter() - began
         clock = runs.Clock(device)
@@ -363,21 +199,26 @@ def train(run, cfg, device, interrupt):
 
 def check_same_options(folder, run, cfg):
     """Raises ValueError if a resumed run is not the one that was begun; longer it may become."""
-    old = runs.read_json(folder / "config.json")
+    file = folder / "config.json"
+    old = runs.read_json(file)
     try:
-        changed = [name for part, now in (("config", cfg), ("run", run)) for name, value in asdict(now).items()
-                   if name not in FREE | {"steps"} and old[part].get(name, value) != value]
-        steps = int(old["config"]["steps"])
+        begun = old["run"] | old["config"]
+        steps = int(begun["steps"])
+        old["lengths"].copy()
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{folder / 'config.json'} is damaged: it does not hold a run's options ({error!r})") from error
+        raise ValueError(f"{file} is damaged: it does not hold the options of a run ({error!r})") from error
+    now = asdict(run) | asdict(cfg)
+    changed = [flag(name) for name in now if name not in FREE and begun.get(name, now[name]) != now[name]]
     if changed:
-        raise ValueError(f"--resume with other settings than the run began with ({', '.join(map(flag, changed))}): give the same ones")
+        raise ValueError(f"--resume with other settings than the run began with ({', '.join(changed)}): "
+                         "give the same ones")
     if cfg.steps < steps:
-        raise ValueError(f"--resume with --steps {cfg.steps}, but the run began with {steps}: it can only become longer")
+        raise ValueError(f"--resume with --steps {cfg.steps}, but the run has {steps}: "
+                         "it can only become longer")
 
 
 def reopen(folder, run, cfg, device):
-    """(Learner, finished steps) of the newest whole checkpoint; (None, 0) if the run died before its start was saved."""
+    """(Learner, finished steps) of the newest whole checkpoint; (None, 0) if not even the start was saved."""
     def read(path):
         learner = load_policy(run, cfg, device, path)
         learner.optimizer = make_optimizer(learner.model, cfg)
@@ -391,14 +232,22 @@ def reopen(folder, run, cfg, device):
         (learner, first), problems = folder.load(read)
     except FileNotFoundError:
         if (folder / "metrics.jsonl").exists():
-            raise ValueError(f"{folder} has metrics but no checkpoint any more: choose another --name") from None
+            raise ValueError(f"{folder} has metrics but no checkpoint: choose another --name") from None
         return None, 0
     if problems:
         warn([*problems, f"going on from the checkpoint before, after {first} steps"])
-    if first > cfg.steps:
-        raise ValueError(f"{folder} has {first} finished steps, more than --steps {cfg.steps}")
+    keep_late(folder, run, first)
     prolong(folder, cfg, first)
     return learner, first
+
+
+def keep_late(folder, run, first):
+    """--keep-steps of a resumed run may name its present step, or what was kept already."""
+    for step in run.keep_steps:
+        if step == first:
+            folder.keep(step)
+        elif step < first and not (folder / "kept" / f"step{step}").exists():
+            raise ValueError(f"--keep-steps {step} comes too late: {folder} has finished {first} steps")
 
 
 def prolong(folder, cfg, first):
@@ -412,12 +261,14 @@ def prolong(folder, cfg, first):
     options["config"]["steps"] = cfg.steps
     options["lengths"].append([first, cfg.steps])
     runs.write_json(folder / "config.json", options)
-    print(f"{folder}: prolonged from {steps} to {cfg.steps} steps; learning rate, curriculum and reward follow the new length from step {first} on")
+    print(f"{folder}: prolonged from {steps} to {cfg.steps} steps; learning rate, curriculum and reward "
+          f"scaling follow the new length from step {first} on")
 
 
 def make_optimizer(model, cfg):
     trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=trained[0].device.type != "mps")
+    fused = trained[0].device.type != "mps"
+    return torch.optim.AdamW(trained, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=fused)
 
 
 def demonstrate(learner, rows, run, cfg):
@@ -425,17 +276,19 @@ def demonstrate(learner, rows, run, cfg):
     rng = random.Random(cfg.seed)
     noise = 0.0 if run.data else run.noise  # one's own demonstrations are imitated as they are
     pairs = [(row, row.get("target") or policy.noisy_demonstration(row, rng, noise)) for row in rows]
-    policy.warm_start(learner.model, learner.chat, pairs, run.warm_start_steps, run.warm_start_batch, run.warm_start_lr,
-                      cfg.seed, micro_batch=run.micro_batch)
+    policy.warm_start(learner.model, learner.chat, pairs, run.warm_start_steps, run.warm_start_batch,
+                      run.warm_start_lr, cfg.seed, micro_batch=run.micro_batch)
 
 
 def begin(folder, learner, run, cfg):
     """The options, and the start as the checkpoint of step 0: from here on the run can be resumed."""
     learner.optimizer = make_optimizer(learner.model, cfg)
-    runs.write_json(folder / "config.json", {"config": asdict(cfg), "run": asdict(run), "torch": torch.__version__,
-                                             "lengths": [[0, cfg.steps]]})
+    options = {"config": asdict(cfg), "run": asdict(run), "torch": torch.__version__}
+    options["lengths"] = [[0, cfg.steps]]
+    runs.write_json(folder / "config.json", options)
     save(folder, learner, 0, run)
-    folder.worth = supervised(run) or not cfg.steps  # else whatever is wrong with the first step shall leave no folder
+    # a run that fails in its first step leaves no folder, unless supervised steps would be lost
+    folder.worth = supervised(run) or not cfg.steps
 
 
 def save(folder, learner, step, run):
@@ -461,7 +314,7 @@ def evaluate_start(folder, learner, test, run, cfg):
 
 
 def batch_rows(rows, cfg, step):
-    """The rows of a step, a function of (seed, step) alone, so that a resumed run draws what the uninterrupted one would have drawn."""
+    """The rows of a step: a function of (seed, step), so that a resumed run draws what it would have."""
     per_epoch = len(rows) // cfg.prompts
     order = random.Random(f"{cfg.seed}-{step // per_epoch}").sample(range(len(rows)), len(rows))
     start = step % per_epoch * cfg.prompts
@@ -469,10 +322,11 @@ def batch_rows(rows, cfg, step):
 
 
 def loop(folder, learner, rows, run, cfg, first, metrics, clock, interrupt):
-    """Steps first to cfg.steps, each of them logged, some of them saved. Returns (batch, weight) of the last, or None."""
+    """Steps first to cfg.steps, each logged, some saved. Returns (batch, weight) of the last, or None."""
     last = None
     saved = first
-    with tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc=cfg.method, unit="step") as bar, interrupt.deferred():
+    bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc=cfg.method, unit="step")
+    with bar, interrupt.deferred():
         for step in bar:
             clock()
             row, batch, weight = one_step(folder, learner, batch_rows(rows, cfg, step), cfg, step, clock)
@@ -482,40 +336,44 @@ def loop(folder, learner, rows, run, cfg, first, metrics, clock, interrupt):
             last = batch, weight
             folder.worth = True
             done = step + 1
-            due = run.save_steps and done % run.save_steps == 0 or done in run.keep_steps or done == cfg.steps
-            if due or interrupt.requested:
+            due = run.save_steps and done % run.save_steps == 0
+            if due or done in run.keep_steps or done == cfg.steps or interrupt.requested:
                 metrics.sync()
                 save(folder, learner, done, run)
                 saved = done
             if interrupt.requested:
-                fail(f"interrupted after {done} steps ({interrupt.requested}); saved. Continue with the same options and --resume --name {folder.path.name}")
+                fail(f"interrupted after {done} steps; saved. Continue with the same options and "
+                     f"--resume --name {folder.path.name}")
     return last
 
 
 def one_step(folder, learner, rows, cfg, step, clock):
     kept = f"; what was saved is in {folder}" if folder.worth else ""
     try:
-        return rest.train_step(learner.engine, learner.chat, learner.optimizer, rows, cfg, step, tasks.toolbox_for, clock)
+        return rest.train_step(learner.engine, learner.chat, learner.optimizer, rows, cfg, step,
+                               tasks.toolbox_for, clock)
     except torch.OutOfMemoryError as error:
-        fail(f"out of memory in step {step}: lower --micro-batch-tokens (update), or --prompts, --group or --max-completion-tokens (rollout){kept} ({error})")
+        fail(f"out of memory in step {step}: lower --micro-batch-tokens (update), or --prompts, --group or "
+             f"--max-completion-tokens (rollout){kept} ({error})")
     except Exception as error:  # not the user's input any more: show where
         raise RuntimeError(f"step {step} failed{kept}") from error
 
 
 def stop_if_not_finite(folder, learner, batch, step, saved):
-    """Ends the run where the policy is NaN or infinite, with a newest checkpoint from before that."""
+    """Ends the run where the policy is NaN or infinite. The newest checkpoint is then from before that."""
     sampled = batch.sampled
-    given = bool(batch.logp[sampled].isfinite().all()) and bool(batch.entropy[sampled].isfinite().all())
-    if given and finite(learner.model):
+    at_rollout = bool(batch.logp[sampled].isfinite().all() and batch.entropy[sampled].isfinite().all())
+    if at_rollout and finite(learner.model):
         return
-    if not given and step == 0:
-        raise ValueError("the model's log-probabilities are not finite before the first step: try --dtype float32, or another --model")
-    if not given and saved == step and not folder.fall_back():
-        fail(f"step {step}: the policy's log-probabilities are not finite, and there is no checkpoint before that of step {saved} in {folder}")
-    good = -runs.checkpoint_age(folder / runs.NEWEST)
-    what = "weights became" if given else "log-probabilities are"
-    fail(f"stopped in step {step}: the policy's {what} not finite. The last good checkpoint, after {good} steps, is {folder / runs.NEWEST}; "
-         "begin another run from it by --model, with a lower --learning-rate")
+    if not at_rollout and step == 0:
+        raise ValueError("the model's log-probabilities are not finite before the first step: "
+                         "try --dtype float32, or another --model")
+    if not at_rollout and saved == step:  # the newest checkpoint is this policy
+        folder.fall_back()
+    what = "weights are no longer finite after" if at_rollout else "log-probabilities were not finite in"
+    good = runs.steps_of(folder / runs.NEWEST)
+    fail(f"the policy's {what} step {step}. The last good checkpoint, after {good} steps, is "
+         f"{folder / runs.NEWEST}: begin a new run from it by --model, with a lower --learning-rate")
 
 
 def record(bar, row):
@@ -531,7 +389,8 @@ def evaluate_end(folder, learner, test, run, cfg, before, trained):
     file = folder / "after.json"
     if trained or not file.exists():
         runs.write_json(file, measure(learner, test, run, cfg, "evaluating the end"))
-    print(f"\nHeld-out rows, {run.eval_samples} samples each at temperature {cfg.temperature}:\n{show.evaluation(before, runs.read_json(file))}")
+    table = show.evaluation(before, runs.read_json(file))
+    print(f"\nHeld-out rows, {run.eval_samples} samples each at temperature {cfg.temperature}:\n{table}")
 
 
 def show_step(learner, batch, weight):
@@ -558,48 +417,55 @@ def finish(folder, metrics):
             show.curve([folder / "metrics.csv"], folder / "curve.png")
     except ImportError as missing:
         print(f"No curve.png: {missing}")
-    print(f"Policy, metrics.csv and config.json are in {folder}/ (load the policy with --model {folder}/checkpoint).")
+    print(f"Policy, metrics.csv and config.json are in {folder}/ (load the policy with --model {folder}).")
 
 
 # ---------------------------------------------------------------------------------- evaluation alone
 
 def evaluate_only(run, cfg, device):
-    """Benchmarks (greedy), or held-out rows (sampled), for --model, the run --name, or the embedded policy."""
+    """Benchmarks (greedy) or held-out rows (sampled), for the run --name, --model, or the embedded policy."""
     path = ""
     if run.name and not run.model:
-        path = Path(run.output_dir) / run.name
+        path = Path(run.output_dir) / runs.plain_name(run.name)
         if not (path / "config.json").is_file():
-            raise ValueError(f"no run {run.name} in {run.output_dir}: --eval-only --name RUN evaluates that run's policy (or give a --model)")
+            raise ValueError(f"no run {run.name} in {run.output_dir}: --eval-only --name RUN evaluates that "
+                             "run's policy; or give a --model")
         path = whole(path)
     if run.benchmarks:
         run_benchmarks(path, run, cfg, device)
         return
     _, test = load_data(run, cfg)
     learner = load_policy(run, cfg, device, path)
-    check_prompts("held-out", test, learner, cfg)
+    check_prompts("held-out", run.eval_data or run.data, test, learner, cfg)
     print(show.evaluation(measure(learner, test, run, cfg, "evaluating")))
 
 
 def run_benchmarks(path, run, cfg, device):
     benchmarks.expand(run.benchmarks)  # refuses unknown names before the model is loaded
     if run.compare:
-        benchmarks.load_results(run.compare)
+        benchmarks.load_results(run.compare)  # refused before the hours, not after
     of_model = Path(run.model).parent if Path(run.model).name == runs.NEWEST else Path(run.model)
     name = run.name or "eval-" + (of_model.name if run.model else f"embedded-seed{cfg.seed}")
     with runs.RunFolder(run.output_dir, name, marks=("config.json", "benchmarks.jsonl")) as folder:
         learner = load_policy(run, cfg, device, path)
-        limit = getattr(learner.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        longest = context_length(learner.model) - cfg.max_completion_tokens
 
         def generate(requests):
             folder.worth = True
             rows = [{"messages": messages, "tools": offered} for messages, offered in requests]
-            fits = [len(learner.chat.prompt(row)[0]) + cfg.max_completion_tokens <= limit for row in rows]
-            batch = rest.rollout(learner.engine, learner.chat, [row for row, fit in zip(rows, fits) if fit], cfg, group=1, greedy=True)
-            texts = iter(batch.texts)
+            fits = [len(learner.chat.prompt(row)[0]) <= longest for row in rows]
+            texts = iter(())
+            if any(fits):
+                fitting = [row for row, fit in zip(rows, fits) if fit]
+                batch = rest.rollout(learner.engine, learner.chat, fitting, cfg, group=1, greedy=True)
+                texts = iter(batch.texts)
             return [(next(texts) or [""])[0] if fit else None for fit in fits]
-        header = {"weights": fingerprint(learner.model), "model": run.model or str(path) or f"embedded, seed {cfg.seed}", "dtype": run.dtype,
-                  "max_completion_tokens": cfg.max_completion_tokens, "instructions": learner.chat.instructions}
-        results = benchmarks.evaluate_benchmarks(run.benchmarks, generate, folder.path, run.limit or None, header, run.api_bank_dir, run.eval_batch)
+        header = {"weights": fingerprint(learner.model), "dtype": run.dtype,
+                  "model": run.model or str(path) or f"embedded, seed {cfg.seed}",
+                  "max_completion_tokens": cfg.max_completion_tokens,
+                  "instructions": learner.chat.instructions}
+        results = benchmarks.evaluate_benchmarks(run.benchmarks, generate, folder.path, run.limit or None,
+                                                 header, run.api_bank_dir, run.eval_batch)
         print(benchmarks.table(results, run.compare or None))
         print(f"Raw outputs and scores: {folder}/benchmarks.jsonl")
 

@@ -1,9 +1,9 @@
-"""What a run leaves on disk, so that nothing is lost: killed at any moment, entered by two processes, damaged later.
+"""What a run leaves on disk, so that nothing is lost: killed at any moment, entered twice, damaged later.
 
     runs/NAME/lock                   held by the one process that works on the run
               config.json            its options
               metrics.jsonl, .csv    one line per step
-              checkpoint             the newest policy, tokenizer and optimiser state, with their checksums in manifest.json
+              checkpoint             policy, tokenizer, optimiser state; their checksums in manifest.json
               checkpoint.previous    the one before
               kept/stepN             checkpoints that stay
 """
@@ -42,7 +42,7 @@ class Taken(ValueError):
     """The folder is another process's, or not that of a run."""
 
 
-# ---------------------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------------- files
 
 def sync(path):
     """Returns once the file or folder is on the disk, not only in the system's memory."""
@@ -98,12 +98,20 @@ def write_manifest(folder, step):
             sync(path)
 
 
-def checkpoint_age(path):
-    """Sorts the newest first: minus its steps, as its manifest has them, or else by its name."""
+def steps_of(path):
+    """Finished steps of a checkpoint, as its manifest has them; None if that cannot be read."""
     try:
-        return -int(read_json(path / MANIFEST)["step"])
+        return int(read_json(path / MANIFEST)["step"])
     except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def newest_first(path):
+    """Key that sorts checkpoints, by their steps or else by their name."""
+    steps = steps_of(path)
+    if steps is None:
         return -math.inf if path.name == NEWEST else math.inf
+    return -steps
 
 
 def verify(folder):
@@ -125,13 +133,13 @@ def verify(folder):
             raise ValueError(f"{path} is damaged: its bytes are not those that were written (SHA-256)")
 
 
-# ---------------------------------------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------------- checkpoints
 
 def find_checkpoint(folder, read=lambda path: None):
     """(path, read(path), sentences): the newest whole checkpoint of a run, and what is wrong with newer ones.
 
-    An interrupted save leaves the newest one in any of four places. Nothing is changed. read(path) may raise
-    too: then the one before is taken. Raises FileNotFoundError if there is none, ValueError if none is whole."""
+    An interrupted save leaves it in any of four places. Nothing is changed. read(path) may raise too: then the
+    one before is taken. Raises FileNotFoundError without any, ValueError without a whole one."""
     folder = Path(folder)
     found = [folder / name for name in (NEWEST, PREVIOUS) if (folder / name).is_dir()]
     for name in (PART, OLD):  # without a manifest they are half written, or half removed
@@ -140,7 +148,7 @@ def find_checkpoint(folder, read=lambda path: None):
     if not found:
         raise FileNotFoundError(f"no checkpoint in {folder}")
     problems = []
-    for path in sorted(found, key=checkpoint_age):
+    for path in sorted(found, key=newest_first):
         try:
             verify(path)
             return path, read(path), problems
@@ -166,7 +174,7 @@ def rotate(folder):
     remove(folder / OLD)
 
 
-# ---------------------------------------------------------------------------------------------- the folder of a run
+# ---------------------------------------------------------------------- the folder of a run
 
 def plain_name(name):
     """The name, if it can only be a folder within another; raises ValueError."""
@@ -182,9 +190,9 @@ def plain_name(name):
 class RunFolder:
     """The folder base/name, made and locked for this process until it is closed or dies. For a `with`.
 
-    `new`: none of the files `marks` is there, so nothing has begun in it. `worth`: set this once it holds what
-    should not be lost; a new folder that is left by an exception before that is removed, so that refused
-    input leaves nothing behind. Raises ValueError if it cannot be made; Taken."""
+    `new`: it has none of the files `marks`, nothing has begun. `worth`: set this once it holds what should not
+    be lost; a new folder that is left by an exception before that is removed, so that refused input leaves
+    nothing behind. Raises ValueError if it cannot be made; Taken."""
 
     def __init__(self, base, name, marks=("config.json",)):
         self.path = Path(base) / plain_name(name)
@@ -265,7 +273,7 @@ class RunFolder:
         remove(part)
         kept.parent.mkdir(exist_ok=True)
         try:
-            shutil.copytree(self.path / NEWEST, part, copy_function=os.link)  # files of a checkpoint never change
+            shutil.copytree(self.path / NEWEST, part, copy_function=os.link)  # they never change
         except (OSError, shutil.Error):  # a file system without links
             remove(part)
             shutil.copytree(self.path / NEWEST, part)
@@ -313,12 +321,12 @@ def claim(base, name="", default="run", resume=False):
             pass
 
 
-# ---------------------------------------------------------------------------------------------- metrics
+# ---------------------------------------------------------------------- metrics
 
 class Metrics:
-    """metrics.jsonl, appended line by line, and metrics.csv made from it. `rows`: all of them, one dict per step.
+    """metrics.jsonl, appended line by line, and metrics.csv made from it. `rows`: one dict per step.
 
-    A resumed run gives the step it goes on from: rows from there on will be made again, and are dropped here.
+    A resumed run gives the step it goes on from: rows from there on are dropped, since they are made again.
     `problems`: a sentence for everything that is wrong with the file."""
 
     def __init__(self, folder, first=0):
@@ -383,10 +391,10 @@ def spans(steps):
     return "steps " + ", ".join(f"{low}" if low == high else f"{low}-{high}" for low, high in runs)
 
 
-# ---------------------------------------------------------------------------------------------- time and signals
+# ---------------------------------------------------------------------- time and signals
 
 class Clock:
-    """Seconds by phase: clock(name) adds the time since the last call to that phase, clock() only starts anew."""
+    """Seconds by phase: clock(name) adds the time since the last call to that phase, clock() starts anew."""
 
     def __init__(self, device, phases=("rollout", "reward", "update")):
         self.device = device
@@ -408,8 +416,8 @@ class Clock:
 class Interrupt:
     """Ctrl-C (SIGINT), SIGTERM of a cluster and SIGHUP of a closed terminal, in a `with` around the run.
 
-    They stop at once, by KeyboardInterrupt, except within `with interrupt.deferred()`: there the first one only
-    sets `requested` to its name, so that the step can be finished and saved, and another Ctrl-C stops at once.
+    They stop at once, by KeyboardInterrupt, except within `with interrupt.deferred()`: there the first only
+    sets `requested` to its name, so that the step can be finished and saved; then Ctrl-C stops at once.
     A signal that the process was started to ignore (nohup) stays ignored."""
 
     SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP")]
