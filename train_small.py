@@ -121,7 +121,7 @@ def load_policy(run, cfg, device, path=""):
                          "would wreck a pretrained model: set it, to about 1e-6")
     model.to(device)
     engine = fast.engine(model, run.shared_prefix, run.cuda_graph, run.compile_decode)
-    return Learner(model, tokenizer, TemplateChat(tokenizer, instructions), engine)
+    return Learner(model, tokenizer, TemplateChat(tokenizer, instructions, model), engine)
 
 
 def whole(path):
@@ -276,8 +276,8 @@ def demonstrate(learner, rows, run, cfg):
     rng = random.Random(cfg.seed)
     noise = 0.0 if run.data else run.noise  # one's own demonstrations are imitated as they are
     pairs = [(row, row.get("target") or policy.noisy_demonstration(row, rng, noise)) for row in rows]
-    policy.warm_start(learner.model, learner.chat, pairs, run.warm_start_steps, run.warm_start_batch,
-                      run.warm_start_lr, cfg.seed, micro_batch=run.micro_batch)
+    policy.warm_start(learner.model, learner.tokenizer, pairs, run.warm_start_steps, run.warm_start_batch,
+                      run.warm_start_lr, cfg.seed, run.micro_batch, learner.chat.instructions)
 
 
 def begin(folder, learner, run, cfg):
@@ -395,7 +395,7 @@ def evaluate_end(folder, learner, test, run, cfg, before, trained):
 
 def show_step(learner, batch, weight):
     best = max(range(len(batch.texts)), key=lambda i: len(set(batch.region[i].tolist())))
-    text = show.episode(learner.chat, batch, best, weight, sys.stdout.isatty())
+    text = show.episode(learner.tokenizer, batch, best, batch.region, weight, sys.stdout.isatty())
     print(f"\nAn episode of the last step, by region, with token weights:\n{text}")
 
 
@@ -465,7 +465,8 @@ def run_benchmarks(path, run, cfg, device):
                   "max_completion_tokens": cfg.max_completion_tokens,
                   "instructions": learner.chat.instructions}
         results = benchmarks.evaluate_benchmarks(run.benchmarks, generate, folder.path, run.limit or None,
-                                                 header, run.api_bank_dir, run.eval_batch)
+                                                 header, run.api_bank_dir, run.eval_batch,
+                                                 compare=run.compare or None)
         print(benchmarks.table(results, run.compare or None))
         print(f"Raw outputs and scores: {folder}/benchmarks.jsonl")
 
