@@ -345,9 +345,9 @@ RAW_WEIGHTS = {
     "one-minus-exp": lambda h: 1 / (1 - torch.exp(-h)),  # Theorem 2 with Lemma 2's bound on the score
     "inverse": lambda h: 1 / h}
 
-def raw_weights(entropy, cfg):
+def raw_weights(entropy, kind="one-minus-exp", min_entropy=0.05):
     """Entropies in nats -> weights that fall with entropy: the practical proxy of Theorem 2."""
-    return RAW_WEIGHTS[cfg.raw_weight](entropy.clamp(min=cfg.min_entropy))
+    return RAW_WEIGHTS[kind](entropy.clamp(min=min_entropy))
 
 def curriculum(weight, progress, cfg):
     """Weights [6] at progress in [0, 1]: format down, parameters and thought up, the others constant.
@@ -374,7 +374,7 @@ def region_weights(batch, cfg, progress):
 
     Departure: raw weights are divided by their token mean over the batch, so that the curriculum's
     constants mean the same at any entropy."""
-    raw = raw_weights(region_entropy(batch), cfg)        # (6,)
+    raw = raw_weights(region_entropy(batch), cfg.raw_weight, cfg.min_entropy)        # (6,)
     raw = raw / raw[batch.region[batch.sampled]].mean()
     return curriculum(raw, progress, cfg)
 
@@ -423,7 +423,7 @@ def low_prob(batch, cfg, progress):
 
 def token_entropy(batch, cfg, progress):
     """Do regions matter? The raw weight of the token's own entropy instead of its region's."""
-    return normalise_weights(raw_weights(batch.entropy, cfg), batch.sampled)
+    return normalise_weights(raw_weights(batch.entropy, cfg.raw_weight, cfg.min_entropy), batch.sampled)
 
 def entropy_up(batch, cfg, progress):
     """The opposite belief, mildly, arXiv 2510.14545: standardised entropies."""
