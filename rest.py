@@ -436,7 +436,7 @@ def shuffled(batch, cfg, progress):
     generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + round(progress * cfg.steps))
     key = torch.rand(batch.sampled.shape, generator=generator).to(batch.sampled.device)
     source = torch.where(batch.sampled, key, 2.0).argsort(1)             # sampled columns, at random
-    target = torch.where(batch.sampled, 0, 1).argsort(1, stable=True)    # sampled columns, in order
+    target = torch.where(batch.sampled, 0, 1).argsort(dim=1, stable=True)    # sampled columns, in order
     weight = rest_weights(batch, cfg, progress)
     return torch.zeros_like(weight).scatter(1, target, weight.gather(1, source))
 
