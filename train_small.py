@@ -5,6 +5,7 @@ toy tools. `--help` lists every option; README.md has examples.
 `train` names the stages of a run, in order; each is a function below."""
 
 import hashlib
+import json
 import math
 import os
 import random
@@ -170,7 +171,7 @@ def train(run, cfg, device, interrupt):
     with runs.claim(run.output_dir, run.name, f"{cfg.method}-seed{cfg.seed}", run.resume) as folder:
         rows, test = load_data(run, cfg)
         if not folder.new:
-            check_same_options(folder, run, cfg)
+            check_same_run(folder, run, cfg, rows, test)
         learner, first = (None, 0) if folder.new else reopen(folder, run, cfg, device)
         if learner is None:
             learner = load_policy(run, cfg, device)
@@ -178,7 +179,7 @@ def train(run, cfg, device, interrupt):
             check_prompts("held-out", run.eval_data, test, learner, cfg)
             if supervised(run):
                 demonstrate(learner, rows, run, cfg)
-            begin(folder, learner, run, cfg)
+            begin(folder, learner, rows, test, run, cfg)
         metrics = runs.Metrics(folder, first)
         warn(metrics.problems)
         size = sum(p.numel() for p in learner.model.parameters())
@@ -197,14 +198,16 @@ def train(run, cfg, device, interrupt):
         finish(folder, metrics)
 
 
-def check_same_options(folder, run, cfg):
-    """Raises ValueError if a resumed run is not the one that was begun; longer it may become."""
+def check_same_run(folder, run, cfg, rows, test):
+    """Raises ValueError if a resumed run is not the one that was begun, by its options and by its rows; longer it
+    may become."""
     file = folder / "config.json"
     old = runs.read_json(file)
     try:
         begun = old["run"] | old["config"]
         steps = int(begun["steps"])
         old["lengths"].copy()
+        same_rows = old["rows"] == digest(rows, test)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{file} is damaged: it does not hold the options of a run ({error!r})") from error
     now = asdict(run) | asdict(cfg)
@@ -212,6 +215,9 @@ def check_same_options(folder, run, cfg):
     if changed:
         raise ValueError(f"--resume with other settings than the run began with ({', '.join(changed)}): "
                          "give the same ones")
+    if not same_rows:
+        raise ValueError(f"--resume with other rows than the run began with: {run.data or 'the toy tasks'} or "
+                         f"{run.eval_data or 'the held-out toy tasks'} changed since")
     if cfg.steps < steps:
         raise ValueError(f"--resume with --steps {cfg.steps}, but the run has {steps}: "
                          "it can only become longer")
@@ -280,11 +286,16 @@ def demonstrate(learner, rows, run, cfg):
                       run.warm_start_lr, cfg.seed, run.micro_batch, learner.chat.instructions)
 
 
-def begin(folder, learner, run, cfg):
+def digest(*values):
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def begin(folder, learner, rows, test, run, cfg):
     """The options, and the start as the checkpoint of step 0: from here on the run can be resumed."""
     learner.optimizer = make_optimizer(learner.model, cfg)
     options = {"config": asdict(cfg), "run": asdict(run), "torch": torch.__version__}
-    options["lengths"] = [[0, cfg.steps]]
+    options["rows"] = digest(rows, test)
+    options["lengths"] = [[0, cfg.steps]]  # from which step on the run had how many
     runs.write_json(folder / "config.json", options)
     save(folder, learner, 0, run)
     # a run that fails in its first step leaves no folder, unless supervised steps would be lost
@@ -296,7 +307,11 @@ def save(folder, learner, step, run):
         learner.model.save_pretrained(path)
         learner.tokenizer.save_pretrained(path)
         torch.save({"optimizer": learner.optimizer.state_dict(), "step": step}, path / "trainer.pt")
-    folder.save(write, step, keep=step in run.keep_steps)
+    try:
+        folder.save(write, step, keep=step in run.keep_steps)
+    except Exception as error:  # a full disk has several names
+        raise OSError(f"the checkpoint after {step} steps could not be written to {folder} ({error}); "
+                      "what was saved before is kept") from error
 
 
 def measure(learner, test, run, cfg, what):
@@ -329,8 +344,12 @@ def loop(folder, learner, rows, run, cfg, first, metrics, clock, interrupt):
     with bar, interrupt.deferred():
         for step in bar:
             clock()
-            row, batch, weight = one_step(folder, learner, batch_rows(rows, cfg, step), cfg, step, clock)
-            stop_if_not_finite(folder, learner, batch, step, saved)
+            try:
+                row, batch, weight = one_step(folder, learner, batch_rows(rows, cfg, step), cfg, step, clock)
+            except FloatingPointError:  # in the rollout
+                stop_not_finite(folder, step, saved == step)
+            if not finite(learner.model):
+                stop_not_finite(folder, step, False)
             metrics.add(row)
             record(bar, row)
             last = batch, weight
@@ -355,25 +374,20 @@ def one_step(folder, learner, rows, cfg, step, clock):
     except torch.OutOfMemoryError as error:
         fail(f"out of memory in step {step}: lower --micro-batch-tokens (update), or --prompts, --group or "
              f"--max-completion-tokens (rollout){kept} ({error})")
+    except FloatingPointError:
+        raise
     except Exception as error:  # not the user's input any more: show where
         raise RuntimeError(f"step {step} failed{kept}") from error
 
 
-def stop_if_not_finite(folder, learner, batch, step, saved):
-    """Ends the run where the policy is NaN or infinite. The newest checkpoint is then from before that."""
-    sampled = batch.sampled
-    at_rollout = bool(batch.logp[sampled].isfinite().all() and batch.entropy[sampled].isfinite().all())
-    if at_rollout and finite(learner.model):
-        return
-    if not at_rollout and step == 0:
-        raise ValueError("the model's log-probabilities are not finite before the first step: "
-                         "try --dtype float32, or another --model")
-    if not at_rollout and saved == step:  # the newest checkpoint is this policy
-        folder.fall_back()
-    what = "weights are no longer finite after" if at_rollout else "log-probabilities were not finite in"
+def stop_not_finite(folder, step, newest_too):
+    """Ends a run whose policy is NaN or infinite; newest_too: that is the one that was saved last. `checkpoint` is
+    then one from before that."""
+    if newest_too and not folder.fall_back():
+        raise ValueError("the policy's logits are not finite from the start: try --dtype float32, or another --model")
     good = runs.steps_of(folder / runs.NEWEST)
-    fail(f"the policy's {what} step {step}. The last good checkpoint, after {good} steps, is "
-         f"{folder / runs.NEWEST}: begin a new run from it by --model, with a lower --learning-rate")
+    fail(f"the policy is no longer finite in step {step}: its weights have diverged. The last good checkpoint, after "
+         f"{good} steps, is {folder / runs.NEWEST}: begin a new run from it by --model, with a lower --learning-rate")
 
 
 def record(bar, row):
@@ -388,14 +402,17 @@ def evaluate_end(folder, learner, test, run, cfg, before, trained):
         return
     file = folder / "after.json"
     if trained or not file.exists():
-        runs.write_json(file, measure(learner, test, run, cfg, "evaluating the end"))
+        try:
+            runs.write_json(file, measure(learner, test, run, cfg, "evaluating the end"))
+        except FloatingPointError:
+            stop_not_finite(folder, cfg.steps, True)
     table = show.evaluation(before, runs.read_json(file))
     print(f"\nHeld-out rows, {run.eval_samples} samples each at temperature {cfg.temperature}:\n{table}")
 
 
 def show_step(learner, batch, weight):
     best = max(range(len(batch.texts)), key=lambda i: len(set(batch.region[i].tolist())))
-    text = show.episode(learner.tokenizer, batch, best, batch.region, weight, sys.stdout.isatty())
+    text = show.episode(learner.chat, batch, best, weight, sys.stdout.isatty())
     print(f"\nAn episode of the last step, by region, with token weights:\n{text}")
 
 
@@ -409,6 +426,7 @@ def show_time(folder, clock, start, total, began):
 
 def finish(folder, metrics):
     """What a finished run leaves to look at."""
+    metrics.sync()
     skipped = sum(row["skipped_updates"] for row in metrics.rows)
     if skipped:
         print(f"{skipped:.0f} updates were skipped because loss or gradient was not finite.")
@@ -489,7 +507,7 @@ def main(argv=None):
                 evaluate_only(run, cfg, device)
             else:
                 train(run, cfg, device, interrupt)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         fail(error)
     except KeyboardInterrupt:
         fail("interrupted; what was saved before is kept, the rest is lost")

@@ -82,10 +82,6 @@ def run(tmp_path, *args):
     train_small.main(small(*args))
 
 
-def score(texts, row, refused=()):
-    return by_text(texts, row)
-
-
 def weights(folder):
     return torch.cat([p.flatten() for p in policy.load_model(folder)[0].parameters()])
 
@@ -158,7 +154,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(start, tmp_path, monkeypatch
     data order, sampling seeds and the optimiser's state all have to continue, and every step moves
     the weights. Options that would make another run of it are refused; the start is not measured
     again; Ctrl-C means afterwards what it meant before."""
-    monkeypatch.setattr(rest, "score_texts", score)
+    monkeypatch.setattr(rest, "score_texts", by_text)
     options = ["--steps", "5", "--weight-decay", "0.1"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(tmp_path, "--name", "whole", *options)
@@ -267,7 +263,7 @@ def demonstrations(path, n):
 def test_a_model_from_a_folder_trains_on_data_from_a_file(tmp_path, monkeypatch):
     """--model DIR --data FILE.jsonl with a supervised warm start on the same rows. A crash in the
     first step does not lose the supervised steps, and both kinds of step move the weights."""
-    monkeypatch.setattr(rest, "score_texts", score)
+    monkeypatch.setattr(rest, "score_texts", by_text)
     model, data = chat_model(tmp_path / "model"), demonstrations(tmp_path / "data.jsonl", 6)
     more = ["--model", str(model), "--data", str(data), "--eval-data", str(data), "--steps", "2",
             "--name", "other"]
@@ -292,7 +288,7 @@ def test_what_a_real_model_is_told(tmp_path, monkeypatch):
 
     def warm_start(model, tokenizer, pairs, *args, **kwargs):
         seen.update(pairs=pairs, warm=args[-1])
-    monkeypatch.setattr(rest, "score_texts", score)
+    monkeypatch.setattr(rest, "score_texts", by_text)
     monkeypatch.setattr(policy, "warm_start", warm_start)
     monkeypatch.setattr(rest, "train_step", lambda *a: seen.update(train=a[1].instructions) or step(*a))
     monkeypatch.setattr(rest, "evaluate", lambda *a, **k: seen.update(eval=a[1].instructions)
@@ -526,24 +522,75 @@ def test_a_damaged_checkpoint_costs_only_its_steps(start, tmp_path, capsys):
     assert torch.equal(weights(tmp_path / "a"), weights(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("what", ["weights", "log-probabilities"])
-def test_a_policy_that_is_not_finite_stops_the_run(start, tmp_path, monkeypatch, what):
-    """Step 3 finds or makes NaN: one sentence, and `checkpoint` is one from before that. It once ran on to the end and said nothing."""
+@pytest.mark.parametrize("what, good", [("update", 3), ("rollout", 2)])
+def test_a_policy_that_is_not_finite_stops_the_run(start, tmp_path, monkeypatch, what, good):
+    """Step 3 makes NaN, or finds it: one sentence, and `checkpoint` is one from before that. The run once went on to
+    its end and said nothing."""
     step = rest.train_step
 
     def nan(*args):
-        row, batch, weight = step(*args)
-        if args[5] == 3 and what == "weights":
+        if args[5] == 3 and what == "rollout":
+            args[0].model.model.norm.weight.data.fill_(3e38)
+        result = step(*args)
+        if args[5] == 3:
             next(args[0].model.parameters()).data[0] = torch.nan
-        elif args[5] == 3:
-            batch.logp[0, 0] = torch.nan
-        return row, batch, weight
+        return result
     monkeypatch.setattr(rest, "train_step", nan)
-    with pytest.raises(SystemExit, match=f"{what} .* step 3. The last good checkpoint, after {3 if what == 'weights' else 2} steps") as stop:
+    with pytest.raises(SystemExit, match=f"no longer finite in step 3: .* The last good checkpoint, after {good} steps") as stop:
         run(tmp_path, "--name", "a", "--steps", "6", "--save-steps", "1")
     assert "\n" not in str(stop.value.code)
     assert weights(tmp_path / "a").isfinite().all() and len(metrics(tmp_path / "a")) == 3
     runs.verify(tmp_path / "a/checkpoint")
+
+
+def test_a_policy_that_diverged_in_the_last_step(start, tmp_path, monkeypatch):
+    """Found by the evaluation of the end."""
+    evaluate = rest.evaluate
+
+    def nan(engine, *args, **kwargs):
+        if (tmp_path / "a/before.json").exists():
+            engine.model.model.norm.weight.data.fill_(3e38)
+        return evaluate(engine, *args, **kwargs)
+    monkeypatch.setattr(rest, "evaluate", nan)
+    with pytest.raises(SystemExit, match="no longer finite in step 2: .* after 1 steps"):
+        run(tmp_path, "--name", "a", "--steps", "2", "--save-steps", "1")
+
+
+def test_a_model_whose_logits_overflow_is_refused(tmp_path):
+    """Finite weights, and yet no distribution: nothing could be learnt, and every update was skipped in silence."""
+    model = qwen3()
+    model.model.norm.weight.data.fill_(3e38)
+    model.save_pretrained(tmp_path / "huge")
+    byte_tokenizer().save_pretrained(tmp_path / "huge")
+    with pytest.raises(SystemExit, match="logits are not finite"):
+        run(tmp_path, "--model", str(tmp_path / "huge"), "--steps", "2", "--warm-start-steps", "0", "--name", "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_full_disk_keeps_what_was_saved(start, tmp_path, monkeypatch):
+    saved = torch.save
+
+    def full(state, path):
+        if state["step"] == 2:
+            raise OSError(28, "No space left on device")
+        saved(state, path)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit, match="checkpoint after 2 steps could not be written to .*No space left"):
+        run(tmp_path, "--name", "a", "--steps", "4", "--save-steps", "1")
+    monkeypatch.setattr(torch, "save", saved)
+    run(tmp_path, "--name", "a", "--steps", "4", "--save-steps", "1", "--resume")
+    assert len(metrics(tmp_path / "a")) == 4
+
+
+def test_rows_that_changed_are_another_run(tmp_path):
+    """The same file name, and other rows in it."""
+    model = chat_model(tmp_path / "model")
+    more = ["--model", str(model), "--data", str(demonstrations(tmp_path / "data.jsonl", 6)), "--warm-start-steps", "0",
+            "--steps", "1", "--name", "a"]
+    run(tmp_path, *more)
+    demonstrations(tmp_path / "data.jsonl", 7)
+    with pytest.raises(SystemExit, match="other rows than the run began with: .*data.jsonl"):
+        run(tmp_path, *more, "--resume")
 
 
 def test_kept_steps_stay(start, tmp_path):

@@ -32,7 +32,7 @@ class Run:
     cuda_graph: bool = knob(True, "On a GPU, capture the decoding step as a CUDA graph and replay it.")
     compile_decode: bool = knob(False, "torch.compile the decoding step: slow at first, for long runs.")
     warm_start_steps: int = knob(-1, "Supervised steps before RL; -1: as many as the embedded policy needs, "
-                                 "none for a --model.", "-1 or more")
+                                 "none for a --model.", "at least -1")
     warm_start_batch: int = knob(8, "Rows per supervised step of a --model.", "at least 1")
     micro_batch: int = knob(2, "Rows per forward in a --model's supervised steps.", "at least 1")
     warm_start_lr: float = knob(2e-4, "Learning rate of a --model's supervised steps.", "in (0, 1]")
@@ -53,7 +53,7 @@ class Run:
     compare: str = knob("", "benchmarks.jsonl of another run, for paired differences.")
 
 
-BOUNDS = rest.BOUNDS | {"-1 or more": lambda x: x >= -1, "in [0, 1]": lambda x: 0 <= x <= 1}
+BOUNDS = rest.BOUNDS | {"at least -1": lambda x: x >= -1, "in [0, 1]": lambda x: 0 <= x <= 1}
 
 # What a resumed run may change: none of these changes what is drawn or measured; more steps prolong it.
 FREE = {"name", "output_dir", "resume", "save_steps", "keep_steps", "steps", "device", "shared_prefix",
@@ -145,7 +145,7 @@ def check(run, cfg, given, device):
         raise ValueError("--resume continues a run: name it with --name")
     late = [step for step in run.keep_steps if not 0 <= step <= cfg.steps]
     if late:
-        raise ValueError(f"--keep-steps {late[0]} is not a step of a run of {cfg.steps}")
+        raise ValueError(f"--keep-steps {late[0]} is no step of a run of {cfg.steps} steps")
     for names, applies, why in misfits(run, cfg, device):
         ignored = sorted(given & set(names))
         if ignored and not applies:
