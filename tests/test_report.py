@@ -68,7 +68,7 @@ def fake_batch(chat, episodes=EPISODES, rows=ROWS, seed=0, forced=()):
     texts = [["".join(text for text, _ in pieces if text != "<end>")] for pieces in episodes]
     return rest.Rollout(
         rows=rows, prompts=[[chat.id("prompt " + row["messages"][0]["content"])] for row in rows], group=N // len(rows), tokens=tokens, sampled=sampled,
-        logp=-entropy, entropy=entropy, length=torch.tensor([len(p) for p in episodes]), truncated=torch.zeros(N, dtype=torch.bool),
+        logp=-2 * entropy, entropy=entropy, length=torch.tensor([len(p) for p in episodes]), truncated=torch.zeros(N, dtype=torch.bool),
         turns=[[(0, len(p))] for p in episodes], texts=texts, region=region, covers=covers)
 
 
