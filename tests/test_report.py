@@ -69,11 +69,11 @@ def fake_batch(chat, episodes=EPISODES, rows=ROWS, seed=0, forced=()):
     return rest.Rollout(
         rows=rows, prompts=[[chat.id("prompt " + row["messages"][0]["content"])] for row in rows], group=N // len(rows), tokens=tokens, sampled=sampled,
         logp=-2 * entropy, entropy=entropy, length=torch.tensor([len(p) for p in episodes]), truncated=torch.zeros(N, dtype=torch.bool),
-        turns=[[(0, len(p))] for p in episodes], texts=texts, region=region, covers=covers)
+        turns=[[(0, len(p))] for p in episodes], texts=texts, refused=[0] * N, region=region, covers=covers)
 
 
 def score(batch, cfg, step):
-    scores = [rest.score_texts(texts, batch.rows[i // batch.group]) for i, texts in enumerate(batch.texts)]
+    scores = rest.score_batch(batch)
     rewards = torch.tensor([rest.episode_reward(f, c, step / cfg.steps, cfg.reward_scaling) for f, c, _ in scores])
     return rest.group_advantages(rewards.view(-1, batch.group)).flatten(), scores
 
