@@ -24,7 +24,8 @@ def completed(args, evaluation, out):
     """args, and what makes them a small run in the folder `out` but for what is wrong in them."""
     if not evaluation:
         left_out = {*args, *(WITHOUT.get(word) for word in args)}
-        words = [(name, value) for name, value in {**SMALL, "--output-dir": out}.items() if name not in left_out]
+        defaults = SMALL | {"--output-dir": out}
+        words = [(name, value) for name, value in defaults.items() if name not in left_out]
     elif "--benchmarks" in args:
         words = [("--eval-only", "--device", "cpu", "--output-dir", out)]
     else:
@@ -78,7 +79,7 @@ def place(tmp_path_factory):
 
 NUMBERS = {  # option -> what it cannot be
     "steps": "-1 x 1.5", "prompts": "0 -2 nan", "group": "1", "max-completion-tokens": "0", "max-turns": "0",
-    "passes": "0", "micro-batch-tokens": "0", "temperature": "0 inf nan", "clip": "0 1 nan", "delta": "-1 inf",
+    "passes": "0", "micro-batch-tokens": "0", "temperature": "0 inf nan", "clip": "0 1 nan", "delta": "-1",
     "learning-rate": "0 nan inf 1.5 -1", "warmup-steps": "-1", "weight-decay": "-0.1 inf",
     "max-grad-norm": "0 nan", "min-entropy": "0 nan", "alpha-format": "-1 inf", "alpha-params": "nan",
     "alpha-thought": "inf", "weight-min": "-1 9 nan", "weight-max": "inf 0.1", "seed": "-1 4294967296 x",
@@ -257,8 +258,8 @@ def test_every_option_reads_and_is_in_the_help(capsys):
 
 def test_a_method_of_ones_own_may_read_every_knob(monkeypatch):
     monkeypatch.setitem(rest.WEIGHTS, "mine", rest.WEIGHTS["grpo"])
-    args = ["--method", "mine", "--alpha-format", "0.1", "--top-entropy-fraction", "0.3", "--min-entropy", "0.1"]
-    run, cfg, given = options.read_options(args)
+    line = "--method mine --alpha-format 0.1 --top-entropy-fraction 0.3 --min-entropy 0.1"
+    run, cfg, given = options.read_options(line.split())
     options.check(run, cfg, given, torch.device("cpu"))
 
 
@@ -269,8 +270,8 @@ ACCEPTED = """
     --method dr-grpo
     --max-turns 3 --tool-timeout 1
     --model x --steps 0 --warm-start-steps 16 --noise 0.05 --eval-rows 0 --max-completion-tokens 112
-    --model x --method grpo --seed 1 --steps 16 --warmup-steps 3 --learning-rate 2e-5 --eval-rows 60 --eval-batch 30
-    --model x --eval-only --benchmarks bfcl api-bank --api-bank-dir y --max-completion-tokens 512 --limit 5 --name z
+    --model x --method grpo --seed 1 --steps 16 --warmup-steps 3 --learning-rate 2e-5 --eval-rows 60
+    --model x --eval-only --benchmarks bfcl api-bank --api-bank-dir y --limit 5 --eval-batch 9 --name z
     --eval-only --name mine --eval-data x.jsonl --eval-rows 5 --temperature 0.5
     --eval-only --warm-start-steps 2 --seed 3 --mask-names
     --shared-prefix False

@@ -69,7 +69,7 @@ READERS = {
     "weight_min": CURRICULUM | {"rest-static"}, "weight_max": CURRICULUM | {"rest-static"},
     "top_entropy_fraction": {"top-entropy"}}
 METHODS = set(rest.WEIGHTS)  # those of rest.py, before anybody adds one
-ROLLOUT = {"max_completion_tokens", "max_turns", "temperature", "tool_timeout", "seed"}  # without training too
+ROLLOUT = {"max_completion_tokens", "max_turns", "temperature", "tool_timeout", "seed"}  # in evaluation too
 
 
 def flag(name):
