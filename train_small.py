@@ -25,7 +25,7 @@ import rest
 from toy_tools import benchmarks, fast, policy, runs, show, tasks
 from toy_tools.chat import TemplateChat
 from toy_tools.data import load_rows
-from toy_tools.options import FREE, Run, check, flag, read_options, supervised
+from toy_tools.options import FREE, check, flag, read_options, supervised
 
 INSTRUCTIONS = (
     "First think inside <think> and </think>. Then either call tools, one JSON object per line inside "
@@ -40,7 +40,6 @@ class Learner:
     """The policy and what the algorithm speaks to."""
 
     model: torch.nn.Module
-    tokenizer: object
     chat: rest.Chat
     engine: rest.Engine
     optimizer: torch.optim.Optimizer = None
@@ -122,23 +121,27 @@ def load_policy(run, cfg, device, path=""):
                          "would wreck a pretrained model: set it, to about 1e-6")
     model.to(device)
     engine = fast.engine(model, run.shared_prefix, run.cuda_graph, run.compile_decode)
-    return Learner(model, tokenizer, TemplateChat(tokenizer, instructions, model), engine)
+    return Learner(model, TemplateChat(tokenizer, instructions, model), engine)
 
 
 def whole(path):
     """`path`, and for a run's folder that of its newest whole checkpoint."""
     if (Path(path) / runs.MANIFEST).is_file():
         runs.verify(Path(path))
-    if not any((Path(path) / name / runs.MANIFEST).is_file() for name in (runs.NEWEST, runs.PREVIOUS)):
-        return path
-    found, _, problems = runs.find_checkpoint(path)
+    if any((Path(path) / name / runs.MANIFEST).is_file() for name in (runs.NEWEST, runs.PREVIOUS)):
+        return newest(path)
+    return path
+
+
+def newest(folder):
+    found, _, problems = runs.find_checkpoint(folder)
     if problems:
         warn([*problems, f"using {found} instead"])
     return found
 
 
 def finite(model):
-    return all(bool(p.detach().isfinite().all()) for p in model.parameters())
+    return bool(torch.stack([p.detach().isfinite().all() for p in model.parameters()]).all())
 
 
 def context_length(model):
@@ -199,8 +202,7 @@ def train(run, cfg, device, interrupt):
 
 
 def check_same_run(folder, run, cfg, rows, test):
-    """Raises ValueError if a resumed run is not the one that was begun, by its options and by its rows; longer it
-    may become."""
+    """Raises ValueError if a resumed run has other options or rows than it began with; it may be longer."""
     file = folder / "config.json"
     old = runs.read_json(file)
     try:
@@ -216,8 +218,8 @@ def check_same_run(folder, run, cfg, rows, test):
         raise ValueError(f"--resume with other settings than the run began with ({', '.join(changed)}): "
                          "give the same ones")
     if not same_rows:
-        raise ValueError(f"--resume with other rows than the run began with: {run.data or 'the toy tasks'} or "
-                         f"{run.eval_data or 'the held-out toy tasks'} changed since")
+        sources = f"{run.data or 'the toy tasks'} or {run.eval_data or 'the held-out toy tasks'}"
+        raise ValueError(f"--resume with other rows than the run began with: {sources} changed since")
     if cfg.steps < steps:
         raise ValueError(f"--resume with --steps {cfg.steps}, but the run has {steps}: "
                          "it can only become longer")
@@ -282,12 +284,13 @@ def demonstrate(learner, rows, run, cfg):
     rng = random.Random(cfg.seed)
     noise = 0.0 if run.data else run.noise  # one's own demonstrations are imitated as they are
     pairs = [(row, row.get("target") or policy.noisy_demonstration(row, rng, noise)) for row in rows]
-    policy.warm_start(learner.model, learner.tokenizer, pairs, run.warm_start_steps, run.warm_start_batch,
-                      run.warm_start_lr, cfg.seed, run.micro_batch, learner.chat.instructions)
+    policy.warm_start(learner.model, learner.chat.tokenizer, pairs, run.warm_start_steps,
+                      run.warm_start_batch, run.warm_start_lr, cfg.seed, run.micro_batch,
+                      learner.chat.instructions)
 
 
 def digest(*values):
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def begin(folder, learner, rows, test, run, cfg):
@@ -305,7 +308,7 @@ def begin(folder, learner, rows, test, run, cfg):
 def save(folder, learner, step, run):
     def write(path):
         learner.model.save_pretrained(path)
-        learner.tokenizer.save_pretrained(path)
+        learner.chat.tokenizer.save_pretrained(path)
         torch.save({"optimizer": learner.optimizer.state_dict(), "step": step}, path / "trainer.pt")
     try:
         folder.save(write, step, keep=step in run.keep_steps)
@@ -381,19 +384,21 @@ def one_step(folder, learner, rows, cfg, step, clock):
 
 
 def stop_not_finite(folder, step, newest_too):
-    """Ends a run whose policy is NaN or infinite; newest_too: that is the one that was saved last. `checkpoint` is
-    then one from before that."""
+    """Ends a run whose policy is NaN or infinite. newest_too: it was saved like that, so that the checkpoint
+    before takes its place."""
     if newest_too and not folder.fall_back():
-        raise ValueError("the policy's logits are not finite from the start: try --dtype float32, or another --model")
+        raise ValueError("the policy's logits are not finite from the start: "
+                         "try --dtype float32, or another --model")
     good = runs.steps_of(folder / runs.NEWEST)
-    fail(f"the policy is no longer finite in step {step}: its weights have diverged. The last good checkpoint, after "
-         f"{good} steps, is {folder / runs.NEWEST}: begin a new run from it by --model, with a lower --learning-rate")
+    fail(f"the policy is no longer finite in step {step}: its weights have diverged. The last good "
+         f"checkpoint, after {good} steps, is {folder / runs.NEWEST}: begin a new run from it by --model, "
+         "with a lower --learning-rate")
 
 
 def record(bar, row):
     """What is seen of a step while the run goes on."""
-    entropies = " ".join(f"{short} {row['H_' + name]:.2f}" for short, name in
-                         (("fmt", "format"), ("name", "name"), ("par", "params"), ("tht", "thought")))
+    short = {"format": "fmt", "name": "name", "params": "par", "thought": "tht"}
+    entropies = " ".join(f"{label} {row['H_' + name]:.2f}" for name, label in short.items())
     bar.set_postfix_str(f"reward {row['reward']:+.2f} exact {row['exact']:.2f} H {entropies}")
 
 
@@ -448,7 +453,7 @@ def evaluate_only(run, cfg, device):
         if not (path / "config.json").is_file():
             raise ValueError(f"no run {run.name} in {run.output_dir}: --eval-only --name RUN evaluates that "
                              "run's policy; or give a --model")
-        path = whole(path)
+        path = newest(path)
     if run.benchmarks:
         run_benchmarks(path, run, cfg, device)
         return

@@ -57,7 +57,8 @@ BOUNDS = rest.BOUNDS | {"at least -1": lambda x: x >= -1, "in [0, 1]": lambda x:
 
 # What a resumed run may change: none of these changes what is drawn or measured; more steps prolong it.
 FREE = {"name", "output_dir", "resume", "save_steps", "keep_steps", "steps", "device", "shared_prefix",
-        "cuda_graph", "compile_decode", "gradient_checkpointing", "micro_batch", "micro_batch_tokens", "eval_batch"}
+        "cuda_graph", "compile_decode", "gradient_checkpointing", "micro_batch", "micro_batch_tokens",
+        "eval_batch"}
 
 # Knobs that not every method reads, with those that do. A method of one's own may read any.
 ENTROPY = {"rest", "rest-static", "no-thought", "shuffled", "token-entropy"}
@@ -68,7 +69,7 @@ READERS = {
     "weight_min": CURRICULUM | {"rest-static"}, "weight_max": CURRICULUM | {"rest-static"},
     "top_entropy_fraction": {"top-entropy"}}
 METHODS = set(rest.WEIGHTS)  # those of rest.py, before anybody adds one
-ROLLOUT = {"max_completion_tokens", "max_turns", "temperature", "tool_timeout", "seed"}  # also without training
+ROLLOUT = {"max_completion_tokens", "max_turns", "temperature", "tool_timeout", "seed"}  # in evaluation too
 
 
 def flag(name):
@@ -141,6 +142,8 @@ def check(run, cfg, given, device):
         raise ValueError(f"--learning-rate must lie in (0, 1], not {cfg.learning_rate}")
     if cfg.seed >= 2**32:
         raise ValueError(f"--seed must be below 2**32, not {cfg.seed}")
+    if run.eval_only and not run.benchmarks and not run.eval_rows:
+        raise ValueError("--eval-only with --eval-rows 0 evaluates nothing")
     if run.resume and not run.name:
         raise ValueError("--resume continues a run: name it with --name")
     late = [step for step in run.keep_steps if not 0 <= step <= cfg.steps]
