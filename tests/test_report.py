@@ -14,7 +14,8 @@ from toy_tools import report
 
 TAG, SCAFFOLD, NAME, PARAMS, THOUGHT, TEXT = range(6)
 TAGS = '</script><script>window.hacked=1</script><img src=x onerror="window.hacked=2"><!--'
-HOSTILE = TAGS + "\u2028\u202e&lt;b&gt;\ud800"  # a line separator, a turn of direction, half a character
+# a line separator, a turn of direction, half a character, a word that is wider than a phone
+HOSTILE = TAGS + "\u2028\u202e&lt;b&gt;\ud800" + "w" * 99
 GOLD = [[{"name": "add", "arguments": {"a": 1, "b": 2}}]]
 
 
@@ -612,6 +613,10 @@ def test_what_was_not_sampled_is_no_part_of_the_loss(visit):
 def test_no_horizontal_scroll_on_a_phone(visit, name, width):
     browser = visit(name, width)
     assert js(browser, "document.documentElement.scrollWidth") <= width
+    if name in ("one", "four"):
+        js(browser, "$('#choose-prompt input[value=\"1\"]').click()")
+        assert "w" * 99 in text(browser, "#stage")
+        assert js(browser, "document.documentElement.scrollWidth") <= width
 
 
 CONTRAST = """(() => {
@@ -667,6 +672,6 @@ def test_several_runs_are_averaged_by_method_with_a_band(visit):
 
 def test_a_folder_with_its_settings_alone_still_makes_a_page(visit):
     words = js(visit("bare"), "document.body.innerText")
-    for said in ("Not in the metrics", "no time.json", "no episodes.jsonl", "not in the folder: metrics.jsonl",
+    for said in ("Not in the metrics", "no time.json", "no episodes.jsonl", "in the folder: metrics.jsonl",
                  "neither before.json nor after.json"):
         assert said in words, said
