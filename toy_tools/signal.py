@@ -1,21 +1,52 @@
 """How much can token weights help at all? Measured at fixed parameters: `python -m toy_tools.signal RUN…`.
 
-n independent mini-batches i are rolled out from one checkpoint. Mini-batch i's gradient of the unweighted objective is split by
-region, g_{i,r}: weight 1 on region r, 0 elsewhere. For region weights w its gradient is sum_r w_r g_{i,r}, so everything that any
-region weights can do follows from inner products, the Gram matrix K[i,r,j,s] = <g_{i,r}, g_{j,s}>:
+n independent mini-batches i of P prompts are rolled out from one checkpoint. Mini-batch i's gradient of the unweighted objective is
+split by region, g_{i,r}: weight 1 on region r, 0 elsewhere. For region weights w its gradient is sum_r w_r g_{i,r}, so everything that
+any region weights can do follows from inner products, the Gram matrix K[i,r,j,s] = <g_{i,r}, g_{j,s}>:
 
     M_rs = mean of K[i,r,j,s] over i != j         unbiased estimate of <E g_r, E g_s>; may come out negative, and stays so
-    S_rs = mean of K[i,r,i,s] over i, minus M_rs  trace of the covariance of g_r and g_s; falls as 1/P with P prompts a batch
+    S_rs = mean of K[i,r,i,s] over i, minus M_rs  trace of the covariance of g_r and g_s; falls as 1/P
     noise(w) = w'Sw / w'Mw
     eta(w) = (b'w)^2 / (M_1 w'(M + S)w),  b = M 1,  M_1 = 1'M 1
 
 eta, the efficiency, is the guaranteed progress of the best step along g(w) on a smooth objective, over that of the noiseless true
 gradient. It does not depend on the scale of w and is at most 1. The best weights are w* ∝ (M + S)^-1 b, and eta(w*)/eta(1) is the
 most that region weights can gain over GRPO there. A method whose weights are not one number per region gets a column of its own
-in K, its own mini-batch gradient.
+in K: its own mini-batch gradient.
+
+Per checkpoint: roll out, measure AdamW's v (COORDINATES), then one forward and a backward pass per column for each micro-batch, then
+K. What is done is kept in RUN/signal/, so that an interrupted measurement goes on. Writes OUT.csv and OUT.png.
 """
 
+import argparse
+import csv
+import json
+import math
+import random
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
 import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+
+import rest
+from toy_tools import chat, data, fast, policy, tasks
+
+COORDINATES = {"plain": 0.0, "half-adamw": 0.5, "adamw": 1.0}
+"""Gradients are divided by this power of AdamW's sqrt(v) + eps. adamw is what is stepped along; in half-adamw the inner product of two
+gradients is the progress along one of a step along the other."""
+
+REGIONS = list(rest.PAPER_REGIONS)
+FACTORS = {"a quarter": 0.25, "as run": 1.0, "four times": 4.0, "averaged": 19.0}
+"""Batch sizes P' in units of P. averaged: AdamW's first moment with beta1 = 0.9 has the variance of a batch (1 + .9)/(1 - .9) times as
+large, as long as the parameters hardly move."""
+
+OWN = ("rest", "rest-official", "top-entropy", "low-prob", "token-entropy", "entropy-up", "shuffled")
+EXACT = 2 ** 22  # up to so many parameters whole gradients are kept
+SKETCH = 2 ** 18
+
 
 # ---------------------------------------------------------------------------------------------- estimators: Gram matrix in, numbers out
 
@@ -84,23 +115,31 @@ def best_weights(M, S, nonnegative=False):
     return best
 
 
-def cross_fitted(gram, regions, uniform, share=1.0, counts=None, nonnegative=False):
+def cross_fitted(first, second, uniform, nonnegative=False):
     """(b'w, w'Mw, w'(M + S)w), float64 [...] each, of w* found on one half of the mini-batches and scored on the other; mean of both ways.
 
-    The first `regions` columns are the regions. share: S counts so much (P/P', for batches of P' prompts instead of P). The halves are
-    the even and the odd mini-batches; each w* is scaled so that its own half gives it w'(M + S)w = 1."""
-    counts = gram.new_ones(len(gram)) if counts is None else counts
-    even = torch.arange(len(gram), device=gram.device) % 2 == 0
-    halves = [moments(gram, torch.where(half, counts, 0.0)) for half in (even, ~even)]
+    first, second: the halves' moments (M, S), float64 [..., C, C]. Each w* is scaled so that its own half gives w'(M + S)w = 1."""
+    R = int(uniform.sum())
     found = 0.0
-    for (M, S), (other_M, other_S) in (halves, halves[::-1]):
-        own_M, own_S = M[..., :regions, :regions], share * S[..., :regions, :regions]
+    for (M, S), (other_M, other_S) in ((first, second), (second, first)):
+        own_M, own_S = M[..., :R, :R], S[..., :R, :R]
         w = best_weights(own_M, own_S, nonnegative)
         w = w / quadratic(w, own_M + own_S).sqrt()[..., None]
-        w = torch.nn.functional.pad(w, (0, len(uniform) - regions))
-        signal = quadratic(w, other_M)
-        found = found + torch.stack([slope(w, other_M, uniform), signal, signal + share * quadratic(w, other_S)]) / 2
+        w = F.pad(w, (0, len(uniform) - R))
+        found = found + torch.stack(score(w, other_M, other_S, uniform)) / 2
     return found
+
+
+def score(w, M, S, uniform):
+    """(b'w, w'Mw, w'(M + S)w) of w [..., C]."""
+    return slope(w, M, uniform), quadratic(w, M), quadratic(w, M + S)
+
+
+def split_moments(gram, counts=None):
+    """moments of all mini-batches, of the even and of the odd ones."""
+    counts = gram.new_ones(len(gram)) if counts is None else counts
+    even = torch.arange(len(gram)) % 2 == 0
+    return [moments(gram, counts * part) for part in (torch.ones_like(even), even, ~even)]
 
 
 def bootstrap_counts(n, draws, seed=0):
@@ -108,3 +147,456 @@ def bootstrap_counts(n, draws, seed=0):
     none is 0, so that every draw has pairs of distinct mini-batches in both halves."""
     generator = torch.Generator().manual_seed(seed)
     return torch.empty(draws, n, dtype=torch.float64).exponential_(generator=generator)
+
+
+# --------------------------------------------------------------------------------------------- gradients of mini-batches, by column
+
+
+class Sketch:
+    """A fixed random linear map of vectors float32 [D] to [width], <sketch(x), sketch(y)> being <x, y> on average over sketches, with a
+    variance of about ||x||^2 ||y||^2 / width: a count sketch (Charikar, Chen, Farach-Colton 2002) whose buckets are found by rolling
+    whole blocks, so that no index is kept."""
+
+    def __init__(self, size, width, device="cpu", seed=0):
+        draw = torch.Generator().manual_seed(seed)
+        self.sign = torch.randint(0, 2, (size,), generator=draw, dtype=torch.int8).mul_(2).sub_(1).to(device)
+        self.shift = torch.randint(0, width, (-(-size // width),), generator=draw).tolist()
+        self.width = width
+
+    def __call__(self, x):
+        total = x.new_zeros(self.width)
+        for block, sign, shift in zip(x.split(self.width), self.sign.split(self.width), self.shift):
+            total += F.pad(block * sign, (0, self.width - len(block))).roll(shift)
+        return total
+
+
+def columns(batch, cfg, progress, methods):
+    """[(weight float [N, T], scale float [N])]: the five regions, then `methods`. A region has weight 1 on its tokens and 0 elsewhere, and
+    the denominators of the whole unweighted batch, so that the regions' gradients add up to the unweighted one."""
+    ones = batch.sampled.float()
+    scale = rest.loss_scale(batch.sampled, ones, cfg.aggregation, cfg.max_completion_tokens)
+    found = []
+    for members in rest.PAPER_REGIONS.values():
+        inside = torch.isin(batch.region, torch.tensor(members, device=batch.region.device))
+        found.append((inside.float(), scale))
+    for method in methods:
+        weight = rest.WEIGHTS[method](batch, cfg, progress)
+        found.append((weight, rest.loss_scale(batch.sampled, weight, cfg.aggregation, cfg.max_completion_tokens)))
+    return found
+
+
+def gradients(engine, batch, advantages, cols, cfg, keep=lambda g: g[None]):
+    """Gradients of rest.policy_loss with the weights and scales of `cols`, float32 [C, K, m]; keep maps a gradient [D] linearly to [K, m].
+
+    advantages float [N]. One forward per micro-batch, a backward pass per column that has weight in it."""
+    G = batch.group
+    parameters = [p for p in engine.model.parameters() if p.requires_grad]
+    size = sum(p.numel() for p in parameters)
+    total = torch.stack([keep(torch.zeros(size, device=advantages.device))] * len(cols))
+    used = advantages.view(-1, G).ne(0).any(1).nonzero()[:, 0].tolist()  # other groups have no gradient
+    for rows in engine.micro_batches(batch, used, cfg.micro_batch_tokens):
+        logp = engine.logps(batch, rows, cfg.temperature)  # (n, T)
+        rows = torch.tensor(rows, device=advantages.device)
+        T = logp.shape[1]
+        mask = batch.sampled[rows, :T]
+        for c, (weight, scale) in enumerate(cols):
+            weight = weight[rows, :T]
+            if not bool((weight * mask).any()):
+                continue
+            loss = rest.policy_loss(logp, batch.logp[rows, :T], advantages[rows], weight, mask, scale[rows], cfg.clip)
+            found = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
+            total[c] += keep(torch.cat([g.flatten().float() for g in found]))
+    return total
+
+
+def roll_out(point, i):
+    """Mini-batch i of a checkpoint: (Rollout with its regions, advantages float [N]). A function of the seed and i alone."""
+    cfg = point.cfg
+    drawn = random.Random(f"{point.seed}-{i}").sample(point.rows, cfg.prompts)
+    batch = rest.rollout(point.engine, point.chat, drawn, cfg, seed=2 ** 40 + point.seed * 1_000_003 + i, toolbox_for=tasks.toolbox_for)
+    batch.region, batch.covers = rest.token_regions(batch, point.chat)
+    rewards = [rest.episode_reward(form, correct, point.progress, cfg.reward_scaling) for form, correct, _ in rest.score_batch(batch)]
+    rewards = torch.tensor(rewards, device=batch.tokens.device).view(-1, batch.group)
+    return batch, rest.group_advantages(rewards, cfg.method != "dr-grpo", cfg.delta).flatten()
+
+
+def second_moment(optimizer, square):
+    """(v float32 [D], eps): AdamW's bias-corrected second moment as one more step would leave it, `square` [D] being the mean square of
+    the mini-batches' gradients. An optimiser that has not stepped gives `square` itself.
+
+    The one step more matters: a coordinate that was never touched has v = 0, but its own gradient enters v before it is divided."""
+    group = optimizer["param_groups"][0]
+    beta = group["betas"][1]
+    states = [optimizer["state"][k] for g in optimizer["param_groups"] for k in g["params"] if k in optimizer["state"]]
+    old, steps = torch.zeros_like(square), 0
+    if states:
+        old = torch.cat([state["exp_avg_sq"].flatten().float() for state in states]).to(square)
+        steps = int(states[0]["step"])
+    if old.shape != square.shape:
+        raise ValueError(f"the optimiser's state has {len(old)} numbers, but the policy {len(square)}: trainer.pt is not of this policy")
+    return (beta * old + (1 - beta) * square) / (1 - beta ** (steps + 1)), group["eps"]
+
+
+def grams(gradients, scales):
+    """{coordinates: K float64 [n, C, n, C]} of n tensors float32 [C, K, m]. K = 1: whole gradients, multiplied by each of `scales` [m] in
+    turn; K = len(scales): sketches of gradients that are multiplied already."""
+    n, (C, copies, size) = len(gradients), gradients[0].shape
+    total = [torch.zeros(n * C, n * C, dtype=torch.float64) for _ in scales]
+    for start in range(0, size, 2 ** 16):
+        x = torch.stack([g[:, :, start:start + 2 ** 16] for g in gradients]).double()  # (n, C, K, chunk)
+        for k, scale in enumerate(scales):
+            y = x[:, :, 0] * scale[start:start + 2 ** 16] if copies == 1 else x[:, :, k]
+            y = y.flatten(0, 1)
+            total[k] += y @ y.T
+    return {name: K.view(n, C, n, C) for name, K in zip(COORDINATES, total)}
+
+
+# ------------------------------------------------------------------------------------------------------- one checkpoint, measured
+
+
+@dataclass
+class Point:
+    """A checkpoint about to be measured."""
+    run: Path
+    step: int
+    engine: object   # rest.Engine
+    chat: object     # rest.Chat
+    rows: list       # what mini-batches are drawn from
+    cfg: object      # rest.Config of the run
+    optimizer: dict  # AdamW's state_dict at that step
+    seed: int = 0
+
+    @property
+    def progress(self):
+        return self.step / max(1, self.cfg.steps)
+
+
+def save(value, path):
+    """Written beside and then moved, so that an interruption leaves no half of it."""
+    part = path.with_suffix(".part")
+    torch.save(value, part)
+    part.replace(path)
+
+
+def unweighted(batch, cfg):
+    """The column of the unweighted objective, see `columns`."""
+    ones = batch.sampled.float()
+    return ones, rest.loss_scale(batch.sampled, ones, cfg.aggregation, cfg.max_completion_tokens)
+
+
+def measure(point, folder, batches, methods, sketch, bar):
+    """Everything that is known of a checkpoint afterwards, as a dictionary; kept as folder/measured.pt.
+
+    sketch: coordinates of the sketched gradient, 0: whole gradients. bar: a progress bar, moved 2 * batches times."""
+    done, cfg = folder / "measured.pt", point.cfg
+    settings = {"config": asdict(cfg), "methods": list(methods), "sketch": sketch}
+    if (folder / "settings.json").exists():
+        if json.loads((folder / "settings.json").read_text()) != settings:
+            raise ValueError(f"{folder} was measured with other methods, sketch or configuration: delete it to measure again")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "settings.json").write_text(json.dumps(settings, indent=1))
+    if done.exists():
+        bar.update(2 * batches)
+        return torch.load(done, weights_only=True)
+
+    rollouts = [folder / f"rollout-{i}.pt" for i in range(batches)]
+    squares = folder / "squares.pt"
+    summed, first = 0.0, 0
+    if squares.exists():
+        summed, first = torch.load(squares, map_location=point.engine.device, weights_only=True)
+    bar.update(first)
+    for i in range(first, batches):
+        batch, advantages = roll_out(point, i)
+        gradient = gradients(point.engine, batch, advantages, [unweighted(batch, cfg)], cfg)[0, 0]
+        clipped = gradient * (cfg.max_grad_norm / gradient.norm().clamp(min=cfg.max_grad_norm))  # as the optimiser sees it
+        summed = summed + clipped ** 2
+        save((batch, advantages), rollouts[i])
+        save((summed, i + 1), squares)
+        bar.update()
+
+    v, eps = second_moment(point.optimizer, summed / batches)
+    scales = [(v.sqrt() + eps) ** -power for power in COORDINATES.values()]
+    keep = {}
+    if sketch:
+        project = Sketch(len(v), sketch, v.device)
+        keep = {"keep": lambda g: torch.stack([project(g * scale) for scale in scales])}
+    files = [folder / f"gradient-{i}.pt" for i in range(batches)]
+    loaded = [torch.load(path, map_location=point.engine.device, weights_only=False) for path in rollouts]
+    for i, (path, (batch, advantages)) in enumerate(zip(files, loaded)):
+        if not path.exists():
+            cols = columns(batch, replace(cfg, seed=i), point.progress, methods)  # the seed of the shuffled weights
+            save(gradients(point.engine, batch, advantages, cols, cfg, **keep).cpu(), path)
+        bar.update()
+    kept = [torch.load(path, mmap=True, weights_only=True) for path in files]
+    found = {"run": str(point.run), "step": point.step, "prompts": cfg.prompts, "group": cfg.group, "batches": batches,
+             "columns": [*REGIONS, *methods], "gram": grams(kept, [scale.cpu() for scale in scales]),
+             **region_facts([batch for batch, _ in loaded], cfg, point.progress)}
+    save(found, done)
+    del kept
+    for path in (*files, *rollouts, squares):
+        path.unlink()
+    return found
+
+
+def region_facts(batches, cfg, progress):
+    """{tokens [R], entropy [R] in nats, zero_groups, linear: {method: weights [R]}}, over all rollouts. A method's weight of a region is
+    the mean over the region's tokens."""
+    firsts = [members[0] for members in rest.PAPER_REGIONS.values()]
+    variants = {"raw one-minus-exp": ("one-minus-exp", 0.0), "raw inverse": ("inverse", 0.0), "curriculum": (cfg.raw_weight, progress),
+                "curriculum at the end": (cfg.raw_weight, 1.0)}
+    tokens, entropy = torch.zeros(len(REGIONS)), torch.zeros(len(REGIONS))
+    weights = {name: torch.zeros(len(REGIONS)) for name in variants}
+    for batch in batches:
+        count = torch.stack([weight.sum() for weight, _ in columns(batch, cfg, progress, ())]).cpu()
+        tokens += count
+        entropy += count * rest.region_entropy(batch)[firsts].cpu()
+        for name, (kind, at) in variants.items():
+            weights[name] += count * rest.region_weights(batch, replace(cfg, raw_weight=kind), at)[firsts].cpu()
+    linear = {"uniform": torch.ones(len(REGIONS))} | {name: w / tokens.clamp(min=1) for name, w in weights.items()}
+    linear["curriculum, no thought"] = linear["curriculum"] * torch.tensor([float(name != "thought") for name in REGIONS])
+    return {"tokens": tokens, "entropy": entropy / tokens.clamp(min=1), "linear": linear}
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+
+def interval(draws):
+    """95% percentile interval (low, high) of bootstrap draws [B]; (nan, nan) where more than 2.5% of the draws have no value."""
+    known = draws[~draws.isnan()]
+    if len(known) < 0.975 * len(draws):
+        return math.nan, math.nan
+    return tuple(torch.quantile(known, torch.tensor([0.025, 0.975], dtype=known.dtype)).tolist())
+
+
+def effects(points, each, whole, even, odd, uniform):
+    """{method: (b'w, w'Mw, w'(M + S)w, each [B]; w [B or 1, R] or None)}, uniform weights first.
+
+    each: moments (M, S) [B, C, C] per point; whole, even, odd: their means over points, of all and of half of the mini-batches."""
+    R = len(REGIONS)
+    found = {}
+    for method in points[0]["linear"]:
+        weights = [point["linear"][method].double() for point in points]
+        scores = [score(F.pad(w, (0, len(uniform) - R)), M, S, uniform) for w, (M, S) in zip(weights, each)]
+        found[method] = (*[sum(values) / len(points) for values in zip(*scores)], sum(weights)[None] / len(points))
+    for c, method in enumerate(points[0]["columns"][R:], R):
+        found[method] = (*score(torch.eye(len(uniform), dtype=torch.float64)[c], *whole, uniform), None)
+    for nonnegative, method in ((False, "w*"), (True, "w* >= 0")):
+        w = best_weights(*[A[..., :R, :R] for A in whole], nonnegative)
+        found[method] = (*score(F.pad(w, (0, len(uniform) - R)), *whole, uniform), w)
+        found[method + ", cross-fitted"] = (*cross_fitted(even, odd, uniform, nonnegative), None)
+    return found
+
+
+def table(points, draws=1000):
+    """CSV lines (dictionaries) of checkpoints measured at the same step: one per coordinates, batch size and method. Several points are
+    pooled: their moments are averaged, mini-batches are drawn again inside each."""
+    R, C = len(REGIONS), len(points[0]["columns"])
+    uniform = torch.tensor([1.0] * R + [0.0] * (C - R), dtype=torch.float64)
+    tokens = sum(point["tokens"] for point in points).double()
+    share = tokens / tokens.sum()
+    counts = []  # the first row counts every mini-batch once: the estimate itself
+    for k, point in enumerate(points):
+        drawn = bootstrap_counts(point["batches"], draws, seed=k)
+        counts.append(torch.cat([torch.ones_like(drawn[:1]), drawn]))
+
+    lines = []
+    for coordinates in COORDINATES:
+        each = [split_moments(point["gram"][coordinates], c) for point, c in zip(points, counts)]
+        for factor in FACTORS.values():
+            scaled = [[(M, S / factor) for M, S in parts] for parts in each]
+            whole, even, odd = [tuple(sum(a) / len(a) for a in zip(*same)) for same in zip(*scaled)]
+            found = effects(points, [parts[0] for parts in scaled], whole, even, odd, uniform)
+            signal_of_uniform = slope(uniform, whole[0], uniform)
+            reference = None
+            for method, (along, signal, square, w) in found.items():
+                eta = ratio(along, square, signal_of_uniform)
+                reference = eta if reference is None else reference
+                gain = torch.where(signal_of_uniform > 0, eta / reference, torch.nan)
+                line = {"run": points[0]["run"] if len(points) == 1 else f"pooled over {len(points)}", "step": points[0]["step"],
+                        "coordinates": coordinates, "prompts": factor * points[0]["prompts"], "group": points[0]["group"],
+                        "batches": sum(point["batches"] for point in points), "method": method,
+                        "signal": float(signal[0]), "spread": float((square - signal)[0]), "noise": float(((square - signal) / signal)[0])}
+                for name, values in (("efficiency", eta), ("gain", gain)):
+                    low, high = interval(values[1:])
+                    line |= {name: float(values[0]), f"{name}_low": low, f"{name}_high": high}
+                w = torch.full((1, R), torch.nan) if w is None else w / (share * w.abs()).sum(-1, keepdim=True)
+                for r, name in enumerate(REGIONS):
+                    low, high = interval(w[1:, r]) if len(w) > 1 else (math.nan, math.nan)
+                    line |= {f"w_{name}": float(w[0, r]), f"w_{name}_low": low, f"w_{name}_high": high}
+                lines.append(line)
+    return lines
+
+
+def summary(lines):
+    """The table that is printed: plain coordinates, the batch size of the run."""
+    size = lines[0]["prompts"] / list(FACTORS.values())[0]
+    out = [f"{lines[0]['run']}, step {lines[0]['step']}: {lines[0]['batches']} mini-batches of {size:g} prompts x {lines[0]['group']}",
+           f"  {'':26}{'noise':>9}{'gain over uniform (95%)':>28}  weights: {', '.join(REGIONS)} (token mean 1)"]
+    for line in lines:
+        if line["coordinates"] == "plain" and line["prompts"] == size:
+            gain = f"{line['gain']:.2f} ({line['gain_low']:.2f} to {line['gain_high']:.2f})".replace("nan", "?")
+            weights = "  ".join(f"{line['w_' + name]:.2f}" for name in REGIONS if not math.isnan(line["w_" + name]))
+            out.append(f"  {line['method']:26}{line['noise']:9.3g}{gain:>28}  {weights}")
+    if any(math.isnan(line["gain"]) or math.isnan(line["gain_low"]) for line in lines if line["method"] == "uniform"):
+        out.append("  ?: the signal of uniform weights cannot be told from 0, so nothing can be compared with it: more or larger mini-batches")
+    return "\n".join(out)
+
+
+def write_csv(lines, path):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(lines[0]))
+        writer.writeheader()
+        for line in lines:
+            writer.writerow({key: ("" if math.isnan(value) else f"{value:.5g}") if isinstance(value, float) else value
+                             for key, value in line.items()})
+
+
+def figure(lines, path):
+    """Picture of a table's lines: a row per coordinates; w* >= 0 over training beside ResT's weights, then gains over uniform weights for the
+    batch sizes. Of several runs the pooled lines. Raises ImportError without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("the figure needs matplotlib: pip install matplotlib") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    run = next((line["run"] for line in lines if line["run"].startswith("pooled")), lines[0]["run"])
+    lines = [line for line in lines if line["run"] == run]
+    shown = {"w* >= 0, cross-fitted": "black", "rest": "C3", "curriculum, no thought": "C4", "rest-official": "C1", "top-entropy": "C0",
+             "low-prob": "C2", "shuffled": "0.6"}
+    factors = list(FACTORS.items())[:3]
+    size = lines[0]["prompts"] / factors[0][1]
+    grid, axes = pyplot.subplots(len(COORDINATES), 1 + len(factors), figsize=(17, 3.6 * len(COORDINATES)), squeeze=False)
+
+    def draw(axis, chosen, column, **style):
+        steps = [line["step"] for line in chosen]
+        middle = [line[column] for line in chosen]
+        axis.plot(steps, middle, marker=".", **style)
+        axis.fill_between(steps, [line[column + "_low"] for line in chosen], [line[column + "_high"] for line in chosen],
+                          color=style["color"], alpha=0.1, linewidth=0)
+
+    for row, coordinates in zip(axes, COORDINATES):
+        here = [line for line in lines if line["coordinates"] == coordinates]
+        for r, name in enumerate(REGIONS):
+            for method, style in (("w* >= 0", "-"), ("curriculum", "--")):
+                chosen = [line for line in here if line["method"] == method and line["prompts"] == size]
+                draw(row[0], chosen, "w_" + name, color=f"C{r}", linestyle=style, label=name if style == "-" else None)
+        row[0].set_title(f"{coordinates}: weights, w* >= 0 solid, ResT dashed", fontsize=9)
+        row[0].legend(fontsize=7)
+        for axis, (label, factor) in zip(row[1:], factors):
+            for method, colour in shown.items():
+                chosen = [line for line in here if line["method"] == method and line["prompts"] == factor * size]
+                if chosen:
+                    draw(axis, chosen, "gain", color=colour, label=method)
+            axis.axhline(1.0, color="0.8", linewidth=0.8)
+            axis.set_ylim(-0.5, 5)
+            axis.set_title(f"{coordinates}: efficiency over uniform, {factor * size:g} prompts ({label})", fontsize=9)
+        row[1].legend(fontsize=7)
+    for axis in axes[-1]:
+        axis.set_xlabel("step")
+    grid.suptitle(run)
+    grid.tight_layout()
+    grid.savefig(path, dpi=110)
+    pyplot.close(grid)
+
+
+# ----------------------------------------------------------------------------------------------------------------- command
+
+
+def checkpoints(run, steps=()):
+    """{step: folder} of the checkpoints that a run kept, and of its last one. steps: only these. Raises FileNotFoundError, ValueError."""
+    found = {int(path.name[4:]): path for path in (run / "kept").glob("step*") if path.name[4:].isdigit()}
+    last = run / "checkpoint"
+    if (last / "trainer.pt").exists():
+        step = torch.load(last / "trainer.pt", mmap=True, weights_only=True)["step"]
+        found.setdefault(step, last)
+    if not (run / "config.json").exists() or not found:
+        raise FileNotFoundError(f"{run} is no run with checkpoints: it needs config.json and kept/stepN or checkpoint")
+    missing = sorted(set(steps) - set(found))
+    if missing:
+        raise ValueError(f"{run} kept no checkpoint of step {missing[0]}; there are {', '.join(map(str, sorted(found)))}")
+    return {step: found[step] for step in sorted(found) if not steps or step in steps}
+
+
+def load(run, step, folder, args):
+    """The Point of a checkpoint."""
+    settings = json.loads((run / "config.json").read_text())
+    options = settings["run"]
+    try:
+        cfg = rest.Config(**settings["config"])
+    except TypeError as error:
+        raise ValueError(f"{run}/config.json is of another version of this project: {error}") from None
+    cfg = replace(cfg, prompts=args.prompts or cfg.prompts, group=args.group or cfg.group)
+    model, tokenizer = policy.load_model(folder, getattr(torch, options["dtype"]))
+    model = model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if options["data"]:
+        rows = data.load_rows(options["data"])
+    else:
+        rows = tasks.make_rows(options["train_rows"], "train", seed=cfg.seed, mask_names=options["mask_names"])
+        if cfg.max_turns == 1:
+            rows = [part for row in rows for part in (tasks.decompose(row) if len(row["gold"]) > 1 else [row])]
+    if len(rows) < cfg.prompts:
+        raise ValueError(f"{len(rows)} training rows are fewer than the {cfg.prompts} prompts of a mini-batch: lower --prompts")
+    optimizer = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)["optimizer"]
+    return Point(run, step, fast.engine(model), rest.Chat(tokenizer), rows, cfg, optimizer, args.seed)
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(prog="python -m toy_tools.signal", description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run; several (other seeds) are measured and also pooled")
+    parser.add_argument("--batches", type=int, default=32, help="mini-batches per checkpoint (n), at least 8")
+    parser.add_argument("--prompts", type=int, default=0, help="prompts per mini-batch (P); 0: as the run")
+    parser.add_argument("--group", type=int, default=0, help="completions per prompt (G); 0: as the run")
+    parser.add_argument("--steps", type=int, nargs="*", default=[], help="only the checkpoints of these steps")
+    parser.add_argument("--methods", nargs="*", default=OWN, help=f"weightings with their own gradient: {', '.join(rest.WEIGHTS)}")
+    parser.add_argument("--sketch", type=int, default=-1, help="coordinates of the sketched gradient; 0: keep it whole; -1: "
+                        f"whole up to {EXACT:,} parameters, else {SKETCH:,}")
+    parser.add_argument("--out", type=Path, default=Path("signal"), help="OUT.csv and OUT.png are written")
+    parser.add_argument("--device", default="", help="cuda or cpu; empty: the first of these that is there")
+    parser.add_argument("--seed", type=int, default=0, help="of the mini-batches")
+    args = parser.parse_args(argv)
+    unknown = [method for method in args.methods if method not in rest.WEIGHTS]
+    if unknown:
+        raise ValueError(f"unknown method {unknown[0]}; there are {', '.join(rest.WEIGHTS)}")
+    if args.batches < 8:
+        raise ValueError(f"{args.batches} mini-batches are too few to estimate anything: --batches must be at least 8, 32 or more for a result")
+    if args.prompts < 0 or args.group < 0 or args.sketch < -1:
+        raise ValueError("--prompts, --group and --sketch must not be negative")
+    return args
+
+
+def main(argv=None):
+    try:
+        args = parse(argv)
+        found = {run: checkpoints(run, args.steps) for run in args.runs}
+        points = []
+        with tqdm(total=2 * args.batches * sum(map(len, found.values())), desc="mini-batches", unit="") as bar:
+            for run, folders in found.items():
+                for step, folder in folders.items():
+                    point = load(run, step, folder, args)
+                    size = sum(p.numel() for p in point.engine.model.parameters() if p.requires_grad)
+                    sketch = args.sketch if args.sketch >= 0 else SKETCH * (size > EXACT)
+                    name = f"step{step}-P{point.cfg.prompts}-G{point.cfg.group}-n{args.batches}-seed{args.seed}"
+                    points.append(measure(point, run / "signal" / name, args.batches, args.methods, sketch, bar))
+        alike = {}
+        for point in points:
+            alike.setdefault((point["step"], point["prompts"], point["group"]), []).append(point)
+        tables = [table([point]) for point in points] + [table(same) for same in alike.values() if len(same) > 1]
+        lines = [line for part in tables for line in part]
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_csv(lines, f"{args.out}.csv")
+        print("\n\n".join(map(summary, tables)))
+        print(f"\nEvery coordinate and batch size: {args.out}.csv")
+        try:
+            figure(lines, f"{args.out}.png")
+        except ImportError as missing:
+            print(f"No {args.out}.png: {missing}")
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"toy_tools.signal: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("toy_tools.signal: interrupted; what was measured is kept, the same command goes on from there")
+
+
+if __name__ == "__main__":
+    main()
