@@ -1,148 +1,725 @@
 """ResT: reshaping token-level policy gradients for tool-use LLMs (arXiv 2509.21826), in one file.
 
-    L = - 1/N  sum_i  1/T_i  sum_t  w_{i,t} min( rho_{i,t} A_i,  clip(rho_{i,t}, 1-eps, 1+eps) A_i )
+    L = - 1/N  sum_i  1/T_i  sum_t  w_it min( rho_it A_i,  clip(rho_it, 1-eps, 1+eps) A_i )
 
-    rho = exp(logp - logp_old),  A_i = (r_i - group mean) / (group std + delta),  w = token weight, mean 1 per completion
+    rho_it = exp(logp_it - logp_old_it)                 importance ratio
+    A_i    = (r_i - group mean) / (group std + delta)   advantage of completion i in its group
+    w_it                                                token weight, mean 1 in each completion
 
-ResT is GRPO without the KL term and its reference model, and with one thing added: w. Every sampled token lies in a region (format, tool
-name, parameters, thought, free text); a region's weight falls with its mean policy entropy; a curriculum moves weight from structure to
-reasoning while training goes on. w = 1 is plain GRPO.
+ResT is GRPO without the KL term and its reference model, and with one thing added: w. Every sampled
+token lies in a region; a region's weight falls with its mean policy entropy; a curriculum moves weight
+from structure to reasoning while training goes on. w = 1 is plain GRPO.
 
-One sample's life, which is also the order of this file (P prompts, G completions each, N = P*G, T completion tokens, V words):
+One completion and its regions (the paper's "format" is tag and scaffold together):
 
-    row {messages, tools, gold}  -> prompt ids                 encode_prompt
-    -> tokens, logp_old, entropy, sampled mask    [N, T]       rollout   (parse_calls and execute run inside, if live)
-    -> region of every sampled token              [N, T]       tag_regions
-    -> reward per completion                      [N]          episode_reward
-    -> advantage                                  [P, G]       group_advantages
-    -> region entropy [6] -> weight [6] -> token weight [N, T] token_weights
-    -> logp with gradient                         [N, T]       completion_logps
-    -> scalar loss -> optimizer step                           policy_loss, update
+    <think>Oslo, so get_weather.</think>                         tag  thought  tag
+    <tool_call>                                                  tag
+    {"name": "get_weather", "arguments": {"city": "Oslo"}}       scaffold  name  scaffold  params  scaffold
+    </tool_call><|im_end|>                                       tag  tag, the end of the turn: trained too
 
-Where we depart from the paper (P) or from the authors' code (C), and why:
-  * P and C disagree about w: P reads it off the entropy, C uses constants and a clock. `--method rest` is P; `--method rest-official
-    --aggregation token` is C.
-  * P does not publish the constants of its weights; ours are in Config. We divide raw weights by their token mean over the batch, so
-    that those constants mean the same at any entropy level.
-  * C finds regions by re-tokenising the decoded text and drops the last token of each span; we label the sampled ids themselves and
-    whole spans. C weights only the first call of a block and gives the end-of-turn token weight 0, so that nothing trains stopping;
-    we weight all calls and count end-of-turn as format.
-  * C divides by each micro-batch's own weight sum, so its gradient depends on the micro-batch size; our denominators are those of the
-    whole batch, fixed before the first micro-batch.
-  * P scales the whole reward with progress, which normalised advantages cancel (tests/test_theory.py); C rescales the format and
-    correctness parts against each other. We follow C, at a pace of our own (nu = 0.7 progress; C: step/150).
-  * C lets a response-only answer keep its format point when it adds a call; our format reward asks for exactly the gold's blocks, and
-    nothing but space outside them.
+One sample's life, which is the order of this file (P prompts, G completions each, N = P*G, T tokens, V words):
+
+    row {messages, tools, gold} -> prompt ids               Chat.prompt
+    -> tokens, sampled mask, logp_old, entropy     [N, T]   rollout
+    -> region of every sampled token               [N, T]   token_regions
+    -> region entropy [6] -> token weight          [N, T]   WEIGHTS[method]
+    -> reward [N] -> advantage                     [P, G]   score_texts, episode_reward, group_advantages
+    -> logp with gradient                          [N, T]   Engine.logps
+    -> scalar loss -> optimiser step                        policy_loss, update
+
+Behind that: reading calls from text, the tool executor, and `Chat` and `Engine`, plain versions of how a
+row becomes tokens and how the model is run. toy_tools/ has a hardened and a fast one with the same methods.
+Where paper, authors' code and this file differ, the function that differs says so ("Departure").
 """
 
+import asyncio
+import copy
+import inspect
 import json
 import logging
 import math
 import re
 import threading
-from collections import Counter, deque
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+import time
+from collections import Counter
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from toy_tools.chat import encode_prompt, encode_results
-from toy_tools.jsons import SPACE, check, same_value, scan_object
-from toy_tools.shared_prefix import PackedLayout, PlainDecoder, SharedDecoder, autocast, can_share, drop_finished, left_pad, micro_batches, sharing
-
 log = logging.getLogger("rest")
 
-# ---------------------------------------------------------------------------------------------------------------- configuration
+# ---- configuration ----
 
-METHODS = ("rest", "rest-official", "rest-static", "no-thought", "grpo", "dr-grpo", "top-entropy")
+BOUNDS = {"above 0": lambda x: x > 0, "at least 0": lambda x: x >= 0, "at least 1": lambda x: x >= 1,
+          "at least 2": lambda x: x >= 2, "in (0, 1)": lambda x: 0 < x < 1, "in (0, 1]": lambda x: 0 < x <= 1}
 
+def knob(default, text, bound=None):
+    """A field with its help text, from which train_small.py makes an option, and what its value must be."""
+    return field(default=default, metadata={"help": text, "bound": bound})
 
 @dataclass
 class Config:
-    """Everything the algorithm needs; train_small.py turns each field into a command line flag."""
+    """The algorithm's constants. Raises ValueError with a sentence for what cannot be."""
 
-    method: str = field(default="rest", metadata={"help": "How tokens are weighted: " + ", ".join(METHODS) + "."})
-    reward_scaling: str = field(default="dynamic", metadata={"help": "dynamic (parts rescaled with progress) or static (ToolRL)."})
-    raw_weight: str = field(default="one-minus-exp", metadata={"help": "one-minus-exp: 1/(1-exp(-H)); inverse: 1/H."})
-    min_entropy: float = field(default=0.05, metadata={"help": "Region entropies are clamped below at this many nats."})
-    alpha_format: float = field(default=0.5, metadata={"help": "Curriculum: how much weight format loses over the run."})
-    alpha_params: float = field(default=0.5, metadata={"help": "Curriculum: how much weight parameters gain over the run."})
-    alpha_thought: float = field(default=0.5, metadata={"help": "Curriculum: how much weight thoughts gain over the run."})
-    weight_min: float = field(default=0.2, metadata={"help": "The format weight does not fall below this."})
-    weight_max: float = field(default=5.0, metadata={"help": "Parameter and thought weights do not rise above this."})
-    top_entropy_fraction: float = field(default=0.2, metadata={"help": "Fraction of tokens that top-entropy trains."})
-    steps: int = field(default=100, metadata={"help": "Optimisation steps; progress is step/steps. 0: warm start only."})
-    prompts: int = field(default=16, metadata={"help": "Prompts per step (P)."})
-    group: int = field(default=8, metadata={"help": "Completions per prompt (G), at least 2."})
-    max_completion_tokens: int = field(default=160, metadata={"help": "Token budget of an episode, tool results included."})
-    max_turns: int = field(default=1, metadata={"help": "Assistant turns per episode; above 1 calls run and results are fed back."})
-    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; logp and entropy are those of this distribution."})
-    top_k: int = field(default=0, metadata={"help": "Must stay 0: truncated sampling would make the importance ratio wrong."})
-    top_p: float = field(default=1.0, metadata={"help": "Must stay 1.0, for the same reason."})
-    clip: float = field(default=0.2, metadata={"help": "epsilon of the clipped ratio."})
-    delta: float = field(default=1e-4, metadata={"help": "Added to the group's standard deviation."})
-    aggregation: str = field(default="", metadata={"help": "sequence, token or constant; empty: the method's own (dr-grpo: constant)."})
-    passes: int = field(default=1, metadata={"help": "Optimiser steps on each rollout batch."})
-    micro_batch_tokens: int = field(default=4096, metadata={"help": "Tokens per forward; changes memory and speed, not the gradient."})
-    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate of AdamW; for a real --model about 1e-6."})
-    warmup_steps: int = field(default=5, metadata={"help": "Steps of linear warm-up; then linear decay to a tenth of the peak."})
-    weight_decay: float = field(default=0.0, metadata={"help": "AdamW weight decay."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient norm is clipped to this."})
-    shared_prefix: bool = field(default=True, metadata={"help": "Forward each prompt once per group, not once per completion."})
-    cuda_graph: bool = field(default=True, metadata={"help": "On a GPU, capture the decoding step as a CUDA graph and replay it."})
-    compile_decode: bool = field(default=False, metadata={"help": "torch.compile the decoding step: half a minute at first, for long runs."})
-    tool_timeout: float = field(default=2.0, metadata={"help": "Seconds a tool may take before the model reads a time-out."})
-    seed: int = field(default=0, metadata={"help": "Seed of data order and sampling."})
+    method: str = knob("rest", "How tokens are weighted: a name in rest.WEIGHTS.")
+    reward_scaling: str = knob("dynamic", "dynamic: parts rescaled with progress; static: ToolRL's.")
+    raw_weight: str = knob("one-minus-exp", "one-minus-exp: 1/(1-exp(-H)); inverse: 1/H.")
+    min_entropy: float = knob(0.05, "Entropies are clamped below at this many nats.", "above 0")
+    alpha_format: float = knob(0.5, "How much weight format loses over the run.", "at least 0")
+    alpha_params: float = knob(0.5, "How much weight parameters gain over the run.", "at least 0")
+    alpha_thought: float = knob(0.5, "How much weight thoughts gain over the run.", "at least 0")
+    weight_min: float = knob(0.2, "The format weight does not fall below this.", "at least 0")
+    weight_max: float = knob(5.0, "Parameters and thoughts do not rise above this.", "at least 0")
+    top_entropy_fraction: float = knob(0.2, "Share of tokens that top-entropy trains.", "in (0, 1]")
+    steps: int = knob(100, "Optimisation steps; progress is step/steps. 0: warm start only.", "at least 0")
+    prompts: int = knob(16, "Prompts per step (P).", "at least 1")
+    group: int = knob(8, "Completions per prompt (G), which advantages compare.", "at least 2")
+    max_completion_tokens: int = knob(160, "Tokens of an episode, tool results included.", "at least 1")
+    max_turns: int = knob(1, "Turns of an episode; above 1 calls run and results are fed back.", "at least 1")
+    temperature: float = knob(1.0, "Sampling temperature; logp and entropy are of it.", "above 0")
+    clip: float = knob(0.2, "epsilon of the clipped ratio.", "in (0, 1)")
+    delta: float = knob(1e-4, "Added to the group's standard deviation.", "at least 0")
+    aggregation: str = knob("", "sequence, token or constant; empty: constant for dr-grpo, else sequence.")
+    passes: int = knob(1, "Optimiser steps on each rollout batch.", "at least 1")
+    micro_batch_tokens: int = knob(4096, "Tokens per forward: memory, not gradient.", "at least 1")
+    learning_rate: float = knob(5e-4, "Peak rate of AdamW; about 1e-6 for a real --model.", "above 0")
+    warmup_steps: int = knob(5, "Linear warm-up; then linear decay to a tenth of the peak.", "at least 0")
+    weight_decay: float = knob(0.0, "AdamW weight decay.", "at least 0")
+    max_grad_norm: float = knob(1.0, "Gradient norm is clipped to this.", "above 0")
+    tool_timeout: float = knob(2.0, "Seconds a tool may take.", "above 0")
+    seed: int = knob(0, "Seed of data order and sampling.", "at least 0")
 
     def __post_init__(self):
-        def need(ok, message):
-            if not ok:
-                raise ValueError(message)
-        for name, known in (("method", METHODS), ("reward_scaling", ("dynamic", "static")), ("raw_weight", RAW_WEIGHTS),
-                            ("aggregation", ("", "sequence", "token", "constant"))):
-            need(getattr(self, name) in known, f"{name} must be one of {', '.join(filter(None, known))}, not {getattr(self, name)!r}")
-        need(self.group >= 2, f"group is {self.group}, but advantages compare completions of one prompt: use at least 2")
-        need(self.top_k == 0 and self.top_p == 1.0,
-             "top_k/top_p truncate the sampling distribution, so the recorded logp would not be the one sampled from: leave them at 0 and 1.0")
-        need(self.temperature > 0, f"temperature must be above 0, not {self.temperature} (greedy decoding is for evaluation only)")
-        need(self.steps >= 0, f"steps must be 0 (warm start only) or more, not {self.steps}")
-        for name in ("prompts", "max_completion_tokens", "max_turns", "passes", "micro_batch_tokens"):
-            need(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
-        need(self.min_entropy > 0, f"min_entropy must be above 0 nats, not {self.min_entropy}: raw weights divide by the entropy")
-        need(0 < self.top_entropy_fraction <= 1, f"top_entropy_fraction must lie in (0, 1], not {self.top_entropy_fraction}")
-        need(0 < self.clip < 1, f"clip must lie in (0, 1), not {self.clip}")
-        for name in ("learning_rate", "max_grad_norm"):
-            need(getattr(self, name) > 0, f"{name} must be above 0, not {getattr(self, name)}")
-        need(self.delta >= 0, f"delta must not be negative, but is {self.delta}")
-        need(0 <= self.weight_min <= self.weight_max, f"weight_min, {self.weight_min}, must lie between 0 and weight_max, {self.weight_max}")
+        names = {"method": WEIGHTS, "reward_scaling": ("dynamic", "static"), "raw_weight": RAW_WEIGHTS,
+                 "aggregation": ("", "sequence", "token", "constant")}
+        for option in fields(self):
+            name, value, bound = option.name, getattr(self, option.name), option.metadata["bound"]
+            if name in names and value not in names[name]:
+                raise ValueError(f"{name} must be one of {', '.join(filter(None, names[name]))}, not {value!r}")
+            if bound and not (math.isfinite(value) and BOUNDS[bound](value)):
+                raise ValueError(f"{name} must be a number {bound}, not {value}")
+        if self.weight_max < self.weight_min:
+            raise ValueError(f"weight_max, {self.weight_max}, must not lie below weight_min, {self.weight_min}")
         self.aggregation = self.aggregation or ("constant" if self.method == "dr-grpo" else "sequence")
 
+# ---- rollout ----
 
-# ------------------------------------------------------------------------------------------------------------ parsing tool calls
+@dataclass
+class Rollout:
+    """N = P*G completions, those of prompt p in rows p*G … p*G+G-1; tensors are aligned to completion
+    tokens and padded on the right."""
+
+    rows: list               # the P rows
+    prompts: list            # P lists of prompt ids
+    group: int               # G
+    tokens: torch.Tensor     # int64 [N, T], exactly the ids that were sampled or forced
+    sampled: torch.Tensor    # bool [N, T], True where the policy chose; tool results and padding are False
+    logp: torch.Tensor       # float32 [N, T], of the distribution sampled from; 0 where not sampled
+    entropy: torch.Tensor    # float32 [N, T], nats, of the same distribution; 0 where not sampled
+    length: torch.Tensor     # int64 [N], sampled and forced tokens
+    truncated: torch.Tensor  # bool [N], ran out of max_completion_tokens
+    turns: list              # per episode: [(start, end)] columns of each assistant turn
+    texts: list              # per episode: the text of each turn, without its end-of-turn token
+    refused: list = None     # per episode: calls that the executor refused
+    bugs: int = 0            # calls in which a tool itself failed
+    region: torch.Tensor = None  # int64 [N, T], see token_regions
+    covers: torch.Tensor = None  # bool [N, T, 6]
+
+@dataclass
+class Episode:
+    """A completion while it is sampled. Live, it has turns, between which its tools answer."""
+
+    row: dict
+    functions: dict                            # {name: callable} of its own box; empty if not live
+    ids: list = field(default_factory=list)    # sampled and forced
+    start: int = 0                             # column where the current turn begins
+    free: int = 0                              # column from which on the policy chooses in it
+    length: int = 0                            # once the episode has ended
+    turns: list = field(default_factory=list)
+    texts: list = field(default_factory=list)
+    refused: int = 0
+    bugs: int = 0
+
+    def end_turn(self, chat, end, closed):
+        """The turn ends before column `end`; its last token is an end-of-turn token if `closed`."""
+        self.turns.append((self.start, end))
+        self.texts.append(chat.decode(self.ids[self.start:end - closed]))
+
+    def answer(self, chat, cfg):
+        """Run the calls of the last turn -> the ids that follow it, none if nothing was called.
+        Behind them the next turn begins, maybe with a forced opening."""
+        calls = parse_calls(self.texts[-1]) if self.functions and len(self.turns) < cfg.max_turns else []
+        if not calls:
+            return []
+        results, refused, bugs = execute(calls, self.functions, cfg.tool_timeout)
+        self.refused += refused
+        self.bugs += bugs
+        end = self.turns[-1][1]
+        reply, opening = chat.reply(self.row, results, self.ids[end - 1])
+        self.start = end + len(reply)
+        self.free = self.start + len(opening)
+        return reply + opening
+
+@torch.no_grad()
+def rollout(engine, chat, rows, cfg, seed=0, group=None, greedy=False, toolbox_for=None):
+    """Sample `group` (default cfg.group) completions for each row -> Rollout.
+
+    All episodes advance one token a step, sampled or forced, so a tool's result passes through the same
+    loop and nothing is ever re-tokenised. Each episode draws from its own uniforms: what it samples does
+    not depend on which others are still there. With cfg.max_turns > 1, `toolbox_for(row)` gives every
+    episode an object with `.functions`, on which its calls run. Raises ValueError for a row or box that
+    does not fit, FloatingPointError if the logits are not finite."""
+    G = cfg.group if group is None else group
+    N = len(rows) * G
+    T = cfg.max_completion_tokens
+    device = engine.device
+    encoded = [chat.prompt(row) for row in rows]
+    prompts = [ids for ids, _ in encoded]
+    live = cfg.max_turns > 1 and toolbox_for is not None
+    episodes = [Episode(row, offered(row, toolbox_for(row)) if live else {})
+                for row in rows for _ in range(G)]
+    uniforms = torch.rand(N, T, generator=torch.Generator().manual_seed(seed))
+    uniforms = uniforms.clamp_(max=1 - 1e-6).to(device)
+    forced = torch.full((N, T), -1, device=device)  # ids the policy does not choose; -1: it chooses
+    logp = torch.zeros(N, T, device=device)
+    entropy = torch.zeros(N, T, device=device)
+
+    def force(i, ids, column):
+        ids = ids[:T - column]
+        forced[i, column:column + len(ids)] = torch.tensor(ids, dtype=torch.long, device=device)
+
+    for i, episode in enumerate(episodes):
+        opening = encoded[i // G][1]
+        episode.free = len(opening)
+        if opening:
+            force(i, opening, 0)
+
+    with engine.sampling():
+        slots = list(range(N))                   # which episode each row of the engine's batch is
+        at = torch.arange(N, device=device)      # (S,) the same as a tensor
+        logits = engine.prefill(prompts, G, T)   # (S, V)
+        for t in range(T):
+            choice, logp[at, t], entropy[at, t] = sample(logits, uniforms[at, t], cfg.temperature, greedy)
+            plan = forced[at, t]                              # (S,)
+            choice = torch.where(plan < 0, choice, plan)      # (S,)
+            ended = False
+            for i, token in zip(slots, choice.tolist()):      # the one wait for the device per token
+                episode = episodes[i]
+                episode.ids.append(token)
+                if token in chat.end_ids and t >= episode.free and not episode.length:
+                    episode.end_turn(chat, t + 1, closed=True)
+                    follow = episode.answer(chat, cfg)
+                    force(i, follow, t + 1)
+                    if not follow:
+                        episode.length = t + 1
+                        ended = True
+            done = [episodes[i].length > 0 for i in slots]
+            if t == T - 1 or all(done):
+                break
+            if ended and (kept := engine.drop(done)) is not None:
+                slots = [slots[s] for s in kept]
+                at = torch.tensor(slots, device=device)
+                choice = choice[torch.tensor(kept, device=device)]
+            logits = engine.step(choice, t)
+
+    truncated = torch.tensor([not episode.length for episode in episodes], device=device)
+    for episode in episodes:
+        if not episode.length:
+            episode.length = T
+            if episode.start < T:  # the turn that was cut is scored as it stands
+                episode.end_turn(chat, T, closed=False)
+    length = torch.tensor([episode.length for episode in episodes], device=device)
+    width = max(episode.length for episode in episodes)
+    tokens = [(episode.ids[:episode.length] + [0] * width)[:width] for episode in episodes]
+    inside = torch.arange(width, device=device) < length[:, None]          # (N, width)
+    sampled = inside & (forced[:, :width] < 0)
+    logp = torch.where(sampled, logp[:, :width], 0.0)
+    entropy = torch.where(sampled, entropy[:, :width], 0.0)
+    if not bool((logp + entropy).isfinite().all()):
+        raise FloatingPointError("the policy's logits are not finite: its weights have diverged")
+    return Rollout(
+        rows, prompts, G, torch.tensor(tokens, device=device), sampled, logp, entropy, length, truncated,
+        turns=[episode.turns for episode in episodes], texts=[episode.texts for episode in episodes],
+        refused=[episode.refused for episode in episodes], bugs=sum(episode.bugs for episode in episodes))
+
+def sample(logits, uniforms, temperature, greedy=False):
+    """One token per row of softmax(logits / temperature): ids int64 [S], logp and entropy (nats) float32 [S].
+
+    logits [S, V]; uniforms float [S] in [0, 1), by which the cumulative distribution is inverted."""
+    log_p = F.log_softmax(logits.float() / temperature, -1)   # (S, V)
+    p = log_p.exp()                                           # (S, V)
+    if greedy:
+        ids = logits.argmax(-1)                               # (S,)
+    else:
+        cdf = p.cumsum(-1)                                    # (S, V)
+        aim = uniforms[:, None] * cdf[:, -1:]                 # (S, 1)
+        ids = torch.searchsorted(cdf, aim, right=True)[:, 0].clamp(max=p.shape[-1] - 1)
+    logp = log_p.gather(1, ids[:, None])[:, 0]                # (S,)
+    return ids, logp, torch.special.entr(p).sum(-1)           # entr(p) = -p log p, and 0 at p = 0
+
+# ---- regions ----
+
+TAG, SCAFFOLD, NAME, PARAMS, THOUGHT, TEXT = range(6)
+REGIONS = ("tag", "scaffold", "name", "params", "thought", "text")
+PAPER_REGIONS = {"format": (TAG, SCAFFOLD), "name": (NAME,), "params": (PARAMS,), "thought": (THOUGHT,),
+                 "text": (TEXT,)}  # the authors' constants tell tags and JSON scaffold apart, the paper does not
+
+def label_chars(text):
+    """The region of every character, a bytearray as long as the text; total on any input.
+
+    >>> list(label_chars('<think>a</think>')[6:9])
+    [0, 4, 0]
+    """
+    label = bytearray(SCAFFOLD if c.isspace() else TEXT for c in text)
+
+    def fill(start, end, region):
+        label[start:end] = bytes([region]) * (end - start)
+
+    inside = {"think": THOUGHT, "tool_call": SCAFFOLD, "response": TEXT}
+    for block in split_blocks(text):
+        fill(block.start, block.end, TAG)
+        fill(*block.inner, inside[block.kind])
+        for _, _, stop, fields in block.calls:
+            for key, (value, start, end) in fields.items():
+                end = stop if end is None else end  # broken off: to the end of its line
+                if key == "name":  # its quotes are format
+                    start += text[start:start + 1] == '"'
+                    fill(start, end - isinstance(value, str), NAME)
+                elif key in ("arguments", "parameters"):
+                    fill(start, end, PARAMS)
+    return label
+
+def tag_regions(pieces):
+    """Per token of one assistant turn, given each id's own text, the regions of its visible characters in
+    order: the first is the token's own. A blank token takes the region it stands in.
+
+    >>> tag_regions(['<think>', 'hm', '</think>'])
+    [[0], [4], [0]]
+    """
+    label = label_chars("".join(pieces)) or [TEXT]
+    regions = []
+    position = 0
+    for piece in pieces:
+        visible = [label[position + k] for k, c in enumerate(piece) if not c.isspace()]
+        around = label[min(position, len(label) - 1)]
+        regions.append(list(dict.fromkeys(visible)) or [around])
+        position += len(piece)
+    return regions
+
+def token_regions(batch, chat):
+    """region int64 [N, T], -1 where not sampled, and covers bool [N, T, 6], all regions a token touches.
+
+    Departure: found on the sampled ids themselves; the authors tokenise the decoded text again (their
+    labels shift where the policy's tokens are not the canonical ones) and drop each span's last token.
+    The end-of-turn token is a tag."""
+    found = []  # (row, column, region)
+    region = torch.full(batch.tokens.shape, -1)
+    for i, (ids, turns) in enumerate(zip(batch.tokens.tolist(), batch.turns)):
+        for start, end in turns:
+            closed = ids[end - 1] in chat.end_ids
+            regions = tag_regions([chat.text(token) for token in ids[start:end - closed]])
+            regions += [[TAG]] * closed
+            region[i, start:end] = torch.tensor([own for own, *_ in regions])
+            found += [(i, t, r) for t, touched in enumerate(regions, start) for r in touched]
+    covers = torch.zeros(*batch.tokens.shape, len(REGIONS), dtype=torch.bool)
+    covers[tuple(torch.tensor(found).view(-1, 3).T)] = True
+    region = torch.where(batch.sampled, region.to(batch.sampled.device), -1)
+    return region, covers.to(region.device) & batch.sampled[..., None]
+
+# ---- token weights: the heart of ResT ----
+
+def region_entropy(batch):
+    """H_avg float [6]: the mean entropy (nats) of all sampled tokens of a region in the rollout batch; 0
+    for an empty region. Tag and scaffold share the mean of the paper's format region."""
+    inside = batch.region[..., None] == torch.arange(6, device=batch.region.device)    # (N, T, 6)
+    both = inside[..., TAG] | inside[..., SCAFFOLD]
+    inside = torch.stack([both, both, *inside[..., NAME:].unbind(-1)], -1)
+    total = (inside * batch.entropy.detach()[..., None]).sum((0, 1))                   # (6,)
+    return total / inside.sum((0, 1)).clamp(min=1)
+
+RAW_WEIGHTS = {
+    "one-minus-exp": lambda h: 1 / (1 - torch.exp(-h)),  # Theorem 2 with Lemma 2's bound on the score
+    "inverse": lambda h: 1 / h}
+
+def raw_weights(entropy, cfg):
+    """Entropies in nats -> weights that fall with entropy: the practical proxy of Theorem 2."""
+    return RAW_WEIGHTS[cfg.raw_weight](entropy.clamp(min=cfg.min_entropy))
+
+def curriculum(weight, progress, cfg):
+    """Weights [6] at progress in [0, 1]: format down, parameters and thought up, the others constant.
+
+    Departure: the paper does not publish its constants; ours are in Config."""
+    w = weight.clone()
+    for r in PAPER_REGIONS["format"]:
+        w[r] = (w[r] - cfg.alpha_format * progress).clamp(min=cfg.weight_min)
+    w[PARAMS] = (w[PARAMS] + cfg.alpha_params * progress).clamp(max=cfg.weight_max)
+    w[THOUGHT] = (w[THOUGHT] + cfg.alpha_thought * progress).clamp(max=cfg.weight_max)
+    return w
+
+def normalise_weights(weight, mask):
+    """[N, T] weights -> mean 1 over each completion's masked tokens, 0 elsewhere: weights redistribute,
+    they do not rescale. Divided by the maximum first, so that equal weights become exactly 1 (GRPO bit
+    for bit); all-zero rows stay zero."""
+    weight = torch.where(mask, weight, 0.0)
+    weight = weight / weight.amax(1, keepdim=True).clamp(min=1e-30)
+    mean = weight.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    return weight / mean.clamp(min=1e-30)
+
+def region_weights(batch, cfg, progress):
+    """ResT's weight of each region [6]: raw weights of the region entropies, then the curriculum.
+
+    Departure: raw weights are divided by their token mean over the batch, so that the curriculum's
+    constants mean the same at any entropy."""
+    raw = raw_weights(region_entropy(batch), cfg)        # (6,)
+    raw = raw / raw[batch.region[batch.sampled]].mean()
+    return curriculum(raw, progress, cfg)
+
+def by_region(weight, batch):
+    """Weights [6] of regions -> normalised weights [N, T] of tokens."""
+    return normalise_weights(weight[batch.region.clamp(min=0)], batch.sampled)
+
+def rest_weights(batch, cfg, progress):
+    return by_region(region_weights(batch, cfg, progress), batch)
+
+def rest_static(batch, cfg, progress):
+    """No curriculum."""
+    return rest_weights(batch, cfg, 0.0)
+
+def no_thought(batch, cfg, progress):
+    """The paper's ablation: thoughts get no gradient."""
+    weight = region_weights(batch, cfg, progress)
+    weight[THOUGHT] = 0.0
+    return by_region(weight, batch)
+
+def rest_official(batch, cfg, progress):
+    """The authors' code: constants and a clock, no entropy; mean 1 over the tokens of positive weight.
+    Where a token touches several regions the largest weight wins. (Their clip to [0.001, 8] never acts.)
+
+    Departure: theirs gives the end-of-turn token 0, so that nothing trains stopping, and weights only the
+    first call of a block; ours counts that token as a tag and weights all calls."""
+    clock = 0.6 + 0.002 * round(progress * cfg.steps)
+    constants = [1.0, 0.0, 1.2, min(1.2, clock), min(1.0, clock), 0.0]  # tag scaffold name params thought text
+    weight = (torch.tensor(constants, device=batch.covers.device) * batch.covers).amax(-1)  # (N, T)
+    return normalise_weights(weight, batch.sampled & (weight > 0))
+
+def uniform(batch, cfg, progress):
+    """GRPO."""
+    return normalise_weights(torch.ones_like(batch.entropy), batch.sampled)
+
+def top_entropy(batch, cfg, progress):
+    """The opposite belief, arXiv 2506.01939: only the least certain tokens matter."""
+    entropy = batch.entropy[batch.sampled].sort(descending=True).values
+    count = max(1, round(cfg.top_entropy_fraction * len(entropy)))
+    least = entropy[:count][-1]
+    return normalise_weights((batch.entropy >= least).float(), batch.sampled)
+
+def low_prob(batch, cfg, progress):
+    """arXiv 2505.12929 with alpha = 0.2: surer tokens count more, by their own probability."""
+    return normalise_weights(0.2 * batch.logp.exp() + 0.8, batch.sampled)
+
+def token_entropy(batch, cfg, progress):
+    """Do regions matter? The raw weight of the token's own entropy instead of its region's."""
+    return normalise_weights(raw_weights(batch.entropy, cfg), batch.sampled)
+
+def entropy_up(batch, cfg, progress):
+    """The opposite belief, mildly, arXiv 2510.14545: standardised entropies."""
+    entropy = batch.entropy[batch.sampled]
+    z = (batch.entropy - entropy.mean()) / entropy.std().clamp(min=1e-6)
+    return normalise_weights((1 + 0.2 * z).clamp(min=0), batch.sampled)
+
+def shuffled(batch, cfg, progress):
+    """Control: ResT's weights, permuted among the tokens of each completion."""
+    generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + round(progress * cfg.steps))
+    key = torch.rand(batch.sampled.shape, generator=generator).to(batch.sampled.device)
+    source = torch.where(batch.sampled, key, 2.0).argsort(1)             # sampled columns, at random
+    target = torch.where(batch.sampled, 0, 1).argsort(1, stable=True)    # sampled columns, in order
+    weight = rest_weights(batch, cfg, progress)
+    return torch.zeros_like(weight).scatter(1, target, weight.gather(1, source))
+
+# name -> (rollout batch with regions, cfg, progress in [0, 1]) -> weights float [N, T], 0 where not
+# sampled. Fixed over all passes; no gradient passes: entropies are numbers recorded at rollout.
+WEIGHTS = {
+    "rest": rest_weights, "rest-official": rest_official, "rest-static": rest_static, "no-thought": no_thought,
+    "grpo": uniform, "dr-grpo": uniform, "top-entropy": top_entropy, "low-prob": low_prob,
+    "token-entropy": token_entropy, "entropy-up": entropy_up, "shuffled": shuffled}
+
+# ---- reward and advantage ----
+
+def _jaccard(a, b):
+    a, b = Counter(list(a)), Counter(list(b))  # list: of a dict, its keys
+    return (a & b).total() / (a | b).total() if a or b else 1.0
+
+def _agreement(call, other):
+    if call.name != other.name:
+        return 0.0
+    a, b = call.arguments, other.arguments
+    return _jaccard(a, b) + sum(same_value(a[key], b[key]) for key in a if key in b)
+
+def correctness_score(gold, predicted):
+    """ToolRL's rule (arXiv 2504.13958) in [0, 1]: the multisets of names, then each gold call
+    against the best unused call of its name, by parameter names and values.
+
+    gold: list[Call], not empty; predicted: list[Call | CallError]. One unreadable call gives 0."""
+    if any(isinstance(call, CallError) for call in predicted):
+        return 0.0
+    score = _jaccard([c.name for c in gold], [c.name for c in predicted])
+    unused = list(predicted)
+    for call in gold:
+        scores = [_agreement(call, other) for other in unused]
+        best = max(scores, default=0.0)
+        score += best
+        if best > 0:  # what has nothing in common stays for the next
+            del unused[scores.index(best)]
+    return score / (1 + sum(1 + len(call.arguments) for call in gold))
+
+def format_score(text, required):
+    """1.0 if just the required blocks stand there, closed and in order, only space between them;
+    no thought or response is empty, no response holds a call tag. Else 0.0.
+
+    Consecutive call blocks count as one."""
+    kinds = []
+    pos = 0
+    for block in split_blocks(text):
+        inner = text[slice(*block.inner)]
+        empty = block.kind != "tool_call" and not inner.strip()
+        hidden = block.kind == "response" and re.search("</?tool_call>", inner)
+        if not block.closed or empty or hidden or text[pos:block.start].strip():
+            return 0.0
+        if kinds[-1:] != ["tool_call"] or block.kind != "tool_call":
+            kinds.append(block.kind)
+        pos = block.end
+    return float(kinds == list(required) and not text[pos:].strip())
+
+def _in_turn(turn, call):
+    return Call((turn, call.name), call.arguments) if isinstance(call, Call) else call
+
+def score_texts(texts, row, refused=0):
+    """Format in [0, 1], correctness in [0, 1] (None where gold has no call), exact: of an episode.
+
+    texts: the assistant turns; refused: how many calls the executor refused. Format is the mean
+    over turns; correctness compares (turn, name) instead of names. A row may state the "blocks" of
+    its turns; else a turn is a thought, then calls where gold has some, or a response.
+    Exact: format right, calls equal to gold's turn by turn, none refused."""
+    required = row.get("blocks") or [
+        ("think", "tool_call" if turn else "response") for turn in row["gold"]]
+    turns = max(len(texts), len(required))  # missing and surplus turns count 0
+    form = sum(map(format_score, texts, required)) / turns
+    gold = [Call((turn, call["name"]), call["arguments"])
+            for turn, calls in enumerate(row["gold"]) for call in calls]
+    calls = [_in_turn(turn, call)
+             for turn, text in enumerate(texts) for call in _calls(text)]
+    correct = correctness_score(gold, calls) if gold else None
+    same = len(calls) == len(gold) and correct in (1.0, None)
+    return form, correct, form == 1.0 and same and not refused
+
+def episode_reward(form, correct, progress, scaling="dynamic"):
+    """Format and correctness scores -> reward (ToolRL's, arXiv 2504.13958).
+
+    static: format in [0, 1], correctness in [-3, 3]. dynamic, with nu = 0.7 progress: format in
+    [-2+2nu, 2-nu] (held outside (-1, 1)), correctness in [-(2+nu), 2+nu] (held within 3).
+    Departure: the paper scales the whole reward, which normalised advantages cancel; like the authors'
+    code we scale the parts against each other (theirs has nu = step/150)."""
+    nu = 0.7 * progress
+    if scaling == "static":
+        low, high, most = 0.0, 1.0, 3.0
+    else:
+        low, high, most = min(-1.0, -2 + 2 * nu), max(1.0, 2 - nu), min(3.0, 2 + nu)
+    return low + (high - low) * form + (0.0 if correct is None else most * (2 * correct - 1))
+
+def group_advantages(rewards, scale_by_std=True, delta=1e-4):
+    """rewards float [P, G] -> advantages [P, G], group mean 0; divided by the unbiased std + delta unless
+    Dr. GRPO (arXiv 2503.20783). Equal rewards: exactly 0."""
+    advantages = rewards - rewards.mean(1, keepdim=True)
+    if scale_by_std:
+        advantages = advantages / (rewards.std(1, keepdim=True) + delta)
+    return torch.where((rewards == rewards[:, :1]).all(1, keepdim=True), 0.0, advantages)
+
+# ---- loss and update ----
+
+def loss_scale(mask, weight, aggregation, max_tokens):
+    """Factor float [N] that turns a completion's weighted token sum into its share of the loss.
+
+    sequence: 1/(N T_i); constant: 1/(N max_tokens), Dr. GRPO; token: 1/(all weights of the batch).
+    Departure: from the whole batch, before micro-batching; the authors divide by each micro-batch's own
+    weight sum, so that their gradient depends on its size."""
+    N = len(mask)
+    if aggregation == "sequence":
+        return 1 / (N * mask.sum(1).clamp(min=1).float())
+    if aggregation == "constant":
+        return torch.full((N,), 1 / (N * max_tokens), device=mask.device)
+    return (1 / (weight * mask).sum().clamp(min=1e-30)).expand(N)
+
+def policy_loss(logp, logp_old, advantages, weight, mask, scale, clip):
+    """The objective at the top of this file. logp, logp_old, weight float, mask bool [N, T]; advantages,
+    scale float [N] -> scalar. Gradient reaches logp only. A sum: the means are in `scale`, so
+    micro-batches simply add up."""
+    logp_old = logp_old.detach()
+    advantages = advantages.detach()[:, None]                            # (N, 1)
+    ratio = torch.exp(torch.where(mask, logp - logp_old, 0.0))           # (N, T)
+    clipped = ratio.clamp(1 - clip, 1 + clip)                            # (N, T)
+    gain = torch.minimum(ratio * advantages, clipped * advantages)       # (N, T)
+    return -(torch.where(mask, weight.detach() * gain, 0.0).sum(1) * scale).sum()
+
+def update(engine, optimizer, batch, advantages, weight, cfg, on_policy=False):
+    """cfg.passes optimiser steps on one rollout batch -> metrics, means over the passes.
+
+    advantages float [N], weight float [N, T]. Groups whose advantages are all 0 have no gradient and are
+    not forwarded. A step whose loss or gradient is not finite is skipped and counted. on_policy: the
+    policy is the one that sampled; raises RuntimeError if the ratio of the first pass is not 1."""
+    device = batch.tokens.device
+    parameters = [p for p in engine.model.parameters() if p.requires_grad]
+    scale = loss_scale(batch.sampled, weight, cfg.aggregation, cfg.max_completion_tokens)  # (N,)
+    signal = advantages.view(-1, batch.group).ne(0).any(1).tolist()
+    groups = [p for p, any_signal in enumerate(signal) if any_signal]
+    micro_batches = engine.micro_batches(batch, groups, cfg.micro_batch_tokens)
+    total = Counter()
+    skipped = 0
+    for number in range(cfg.passes):
+        optimizer.zero_grad(set_to_none=True)
+        sums = torch.zeros(4, device=device)                       # loss, clipped tokens, KL, tokens
+        for rows in micro_batches:
+            logp = engine.logps(batch, rows, cfg.temperature)      # (n, T), T of the longest row
+            rows = torch.tensor(rows, device=device)               # (n,)
+            T = logp.shape[1]
+            logp_old = batch.logp[rows, :T]                        # (n, T)
+            mask = batch.sampled[rows, :T]                         # (n, T)
+            advantage = advantages[rows]                           # (n,)
+            loss = policy_loss(logp, logp_old, advantage, weight[rows, :T], mask, scale[rows], cfg.clip)
+            engine.backward(loss)
+            with torch.no_grad():
+                log_ratio = torch.where(mask, logp - logp_old, 0.0)
+                change = log_ratio.exp() - 1
+                clipped = advantage.sign()[:, None] * change > cfg.clip
+                kl = change - log_ratio  # the k3 estimate of KL(old || new)
+                sums += torch.stack([loss.detach(), clipped.sum(), kl.sum(), mask.sum()])
+        norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).to(device)
+        loss, clipped, kl, count, norm = torch.cat([sums, norm[None]]).tolist()  # the one wait of a pass
+        kl = kl / max(count, 1)
+        if on_policy and number == 0 and kl > engine.tolerance:
+            raise RuntimeError(f"update and rollout disagree about the same policy (KL {kl:.1e}): its forward "
+                               "is random (dropout, router noise) or depends on padding, so ratios would be wrong")
+        if math.isfinite(loss) and math.isfinite(norm):
+            optimizer.step()
+        else:
+            skipped += 1
+        total.update(loss=loss, grad_norm=norm, clip_fraction=clipped / max(count, 1), kl=kl)
+    optimizer.zero_grad(set_to_none=True)
+    return {"skipped_updates": skipped, **{name: value / cfg.passes for name, value in total.items()}}
+
+def learning_rate(cfg, step):
+    """Linear warm-up over cfg.warmup_steps, then linear decay to a tenth of the peak at cfg.steps."""
+    warm = min(1.0, (step + 1) / max(1, cfg.warmup_steps))
+    decay = max(0, step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
+    return cfg.learning_rate * warm * (1 - 0.9 * decay)
+
+# ---- one step, and evaluation ----
+
+def train_step(engine, chat, optimizer, rows, cfg, step, toolbox_for=None, clock=None):
+    """One ResT step on cfg.prompts rows -> (metrics, Rollout, weight [N, T]).
+
+    clock(name), if given, is called after each phase: rollout, reward, update."""
+    clock = clock or (lambda name: None)
+    progress = step / cfg.steps
+
+    batch = rollout(engine, chat, rows, cfg, seed=cfg.seed * 1_000_003 + step, toolbox_for=toolbox_for)
+    clock("rollout")
+
+    batch.region, batch.covers = token_regions(batch, chat)
+    weight = WEIGHTS[cfg.method](batch, cfg, progress)                                        # (N, T)
+    scores = score_batch(batch)
+    rewards = [episode_reward(form, correct, progress, cfg.reward_scaling) for form, correct, _ in scores]
+    rewards = torch.tensor(rewards, device=batch.tokens.device).view(-1, batch.group)         # (P, G)
+    advantages = group_advantages(rewards, cfg.method != "dr-grpo", cfg.delta)                # (P, G)
+    clock("reward")
+
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(cfg, step)
+    metrics = update(engine, optimizer, batch, advantages.flatten(), weight, cfg, on_policy=True)
+    clock("update")
+
+    metrics |= {"step": step, "lr": learning_rate(cfg, step), **mean_scores(scores), "tool_bugs": batch.bugs}
+    metrics["correct"] = metrics["correct"] or 0.0
+    return metrics | step_metrics(batch, rewards, advantages, weight), batch, weight
+
+def step_metrics(batch, rewards, advantages, weight):
+    """Means over the batch, fetched from the device at once; H_ in nats and w_ by the paper's regions."""
+    values = {"reward": rewards.mean(), "zero_groups": advantages.eq(0).all(1).float().mean(),
+              "truncated": batch.truncated.float().mean(), "tokens": batch.sampled.sum() / len(batch.sampled)}
+    entropy = region_entropy(batch)
+    for name, members in PAPER_REGIONS.items():
+        inside = torch.isin(batch.region, torch.tensor(members, device=batch.region.device))
+        values["H_" + name] = entropy[members[0]]
+        values["w_" + name] = (weight * inside).sum() / inside.sum().clamp(min=1)
+    return dict(zip(values, torch.stack([value.float() for value in values.values()]).tolist()))
+
+def score_batch(batch):
+    """(format, correctness or None, exact) of every episode, list of N."""
+    return [score_texts(texts, batch.rows[i // batch.group], refused)
+            for i, (texts, refused) in enumerate(zip(batch.texts, batch.refused))]
+
+def mean_scores(scores):
+    """Shares over episodes; correctness over those whose gold answer has calls, None if none has."""
+    forms, corrects, exacts = zip(*scores)
+    corrects = [c for c in corrects if c is not None]
+    return {"exact": sum(exacts) / len(exacts), "format": sum(forms) / len(forms),
+            "correct": sum(corrects) / len(corrects) if corrects else None}
+
+def evaluate(engine, chat, rows, cfg, greedy=False, samples=1, seed=0, batch_rows=64, toolbox_for=None,
+             on_batch=None):
+    """Exact-call rate, format, correctness and mean sampled tokens over rows: {category: {n, exact, format,
+    correct, tokens}}, key "all" last. Greedy, or `samples` completions per row at cfg.temperature."""
+    scores = {}  # category -> scores
+    tokens = {}  # category -> sampled tokens
+    for start in range(0, len(rows), batch_rows):
+        part = rows[start:start + batch_rows]
+        batch = rollout(engine, chat, part, cfg, seed=seed + start, group=1 if greedy else samples,
+                        greedy=greedy, toolbox_for=toolbox_for)
+        counts = batch.sampled.sum(1).tolist()
+        for i, score in enumerate(score_batch(batch)):
+            for key in (part[i // batch.group].get("category", "rows"), "all"):
+                scores.setdefault(key, []).append(score)
+                tokens.setdefault(key, []).append(counts[i])
+        if on_batch:
+            on_batch(len(part))
+    table = {}
+    for key in sorted(scores, key=lambda key: (key == "all", key)):
+        n = len(scores[key])
+        table[key] = {"n": n, **mean_scores(scores[key]), "tokens": sum(tokens[key]) / n}
+    return table
+
+# ---- appendix: reading calls from text ----
+
+# Bounds that make reading linear on any text, however a call breaks off.
+MAX_CALLS = 32  # of one turn; what follows them is one error
+MAX_CHARS = 2**15  # of one call
+MAX_DEPTH = 64  # of a value; deeper JSON is refused before anything recurses over it
+
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a pair, which tokenizers refuse
+SPACE = re.compile(r"[ \t\r\n]*")
+OPENING_TAG = re.compile(r"<(think|tool_call|response)>")
+# half of a surrogate pair, which tokenizers refuse; group 1 is no such thing and stays
+HALF_PAIR = re.compile(r"(\\\\|\\ud[89ab]HH\\ud[c-f]HH)|\\ud[89a-f]HH".replace("H", "[0-9a-f]"), re.I)
 
 class CallError(ValueError):
     """A tool call that cannot run; its text is what the model reads."""
 
-
 class MalformedCall(CallError):
     """Not one JSON object with a "name" and an object of "arguments" (or "parameters")."""
-
 
 class UnknownTool(CallError):
     """No tool of that name is offered."""
 
-
 class InvalidArguments(CallError):
     """The arguments do not fit the tool's schema, or the tool refused them."""
-
 
 @dataclass
 class Call:
     name: str
     arguments: dict
-
 
 @dataclass
 class Block:
@@ -152,46 +729,65 @@ class Block:
     end: int
     inner: tuple  # (start, end) of what stands between the tags
     closed: bool
-    calls: list = field(default_factory=list)  # of a tool_call block: [(Call | MalformedCall, start, end, fields)]
+    calls: list = field(default_factory=list)  # [(Call | MalformedCall, start, end, fields)]
 
+def parse_calls(text):
+    """All calls of a completion in order; an unreadable one is a MalformedCall in its place.
 
-OPENING_TAG = re.compile(r"<(think|tool_call|response)>")
+    Never raises. The calls are copies: a tool may change what it is given.
+    >>> parse_calls('<think>a</think><tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>')
+    [Call(name='f', arguments={'x': 1})]
+    """
+    return copy.deepcopy(_calls(text))
 
+def _calls(text):
+    return [call for block in split_blocks(text) for call, *_ in block.calls]
 
+@lru_cache(maxsize=4096)
 def split_blocks(text):
-    """The <think>, <tool_call> and <response> blocks of a completion, in order.
+    """The <think>, <tool_call> and <response> blocks of a completion, in order; read only.
 
-    One scanner serves parser, reward and regions, so they cannot disagree. A thought ends at the first </think> whatever else it mentions;
-    a call block ends at the first </tool_call> that is not inside a JSON string.
+    One scan serves parser, reward and regions, so they cannot disagree. A thought ends at the first
+    </think>, whatever else it mentions; calls end at the first </tool_call> outside a JSON string.
     >>> [(b.kind, b.closed) for b in split_blocks("<think>use <tool_call>?</think><response>no")]
     [('think', True), ('response', False)]
     """
-    blocks, pos = [], 0
+    blocks = []
+    pos = 0
+    room = MAX_CALLS
     while match := OPENING_TAG.search(text, pos):
         kind, inner = match[1], match.end()
-        if kind == "tool_call":
-            calls, stop = _scan_calls(text, inner)
+        calls = []
+        if kind == "tool_call" and room >= 0:
+            calls, stop = _scan_calls(text, inner, room)
+            room -= len(calls)
         else:
-            calls, stop = [], text.find(f"</{kind}>", inner)
-        closed = 0 <= stop < len(text)
-        stop = stop if closed else len(text)
-        pos = stop + len(f"</{kind}>") if closed else len(text)
+            stop = _find(text, f"</{kind}>", inner)
+        closed = stop < len(text)
+        pos = stop + len(f"</{kind}>") if closed else stop
         blocks.append(Block(kind, match.start(), pos, (inner, stop), closed, calls))
     return blocks
 
+def _find(text, what, pos):
+    found = text.find(what, pos)
+    return len(text) if found < 0 else found
 
-def _scan_calls(text, pos):
-    """Calls of a block from `pos` on, and where its closing tag (or the text's end) stands."""
+def _scan_calls(text, pos, room):
+    # the calls of a block from pos on, and where its closing tag or the text's end stands
     calls = []
     while True:
-        start = SPACE.match(text, pos).end()
+        start = _skip(text, pos)
         if start == len(text) or text.startswith("</tool_call>", start):
             return calls, start
-        fields, pos, error = scan_object(text, start)
-        if error:  # resume on the next line or at the closing tag
-            pos = min(p for p in (text.find("\n", start), text.find("</tool_call>", pos), len(text)) if p >= 0)
+        if len(calls) < room:
+            fields, pos, error = scan_object(text, start)
+            line = _find(text, "\n", start) if error else pos
+        else:
+            fields, pos, error = {}, start, f"more than {MAX_CALLS} calls in a turn"
+            line = len(text)
+        if error:  # go on with the next line or the closing tag
+            pos = min(line, _find(text, "</tool_call>", pos))
         calls.append((MalformedCall(error) if error else _to_call(fields), start, pos, fields))
-
 
 def _to_call(fields):
     name = fields.get("name", (None,))[0]
@@ -202,542 +798,317 @@ def _to_call(fields):
         return MalformedCall('a call needs one object of "arguments" (or "parameters")')
     return Call(name, arguments[0])
 
+def scan_object(text, start):
+    """The JSON object at text[start:]: {key: (value, start, end)}, its end, an error text or None.
 
-def parse_calls(text):
-    """All calls of a completion in order; an unreadable one is a MalformedCall in its place. Never raises.
-
-    >>> parse_calls('<think>a</think><tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>')
-    [Call(name='f', arguments={'x': 1})]
-    """
-    return [call for block in split_blocks(text) for call, *_ in block.calls]
-
-
-def validate(call, tools):
-    """Check a Call against the schemas ({"type": "function", "function": {name, parameters}}): known tool, required, type, enum, no extras.
-
-    Raises UnknownTool or InvalidArguments, with a sentence for the model."""
-    schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
-    if call.name not in schemas:
-        raise UnknownTool(f"unknown tool {call.name[:60]!r}; the tools are {', '.join(schemas)}")
+    A member that breaks off is kept with end = None, so that its characters have their region."""
+    call = text[start:start + MAX_CHARS] + "\0"  # not JSON: whatever is open ends there
+    call = HALF_PAIR.sub(lambda match: match[1] or r"\ufffd", call)  # as long: positions stay
+    fields = {}
+    pos = 0
     try:
-        check(call.arguments, {"type": "object", **schemas[call.name]})
-    except ValueError as error:
-        raise InvalidArguments(str(error)) from None
+        if call[0] != "{":
+            raise ValueError("a call starts with '{'")
+        pos = _skip(call, 1)
+        more = call[pos] != "}"
+        while more:
+            key, pos = JSON_DECODER.raw_decode(call, pos)
+            pos = _skip(call, pos)
+            if not isinstance(key, str) or key in fields or call[pos] != ":":
+                raise ValueError(f"bad or repeated key {str(key)[:40]!r}")
+            pos = _skip(call, pos + 1)
+            fields[key] = (None, start + pos, None)
+            value, end = JSON_DECODER.raw_decode(call, pos)
+            if _depth(value) > MAX_DEPTH:
+                raise ValueError(f"nested more than {MAX_DEPTH} deep")
+            fields[key] = (value, start + pos, start + end)
+            pos = _skip(call, end)
+            more = call[pos] == ","
+            if more:
+                pos = _skip(call, pos + 1)
+        if call[pos] != "}":
+            raise ValueError("expected ',' or '}'")
+    except (ValueError, RecursionError) as reason:
+        return fields, start + pos, f"not valid JSON: {str(reason)[:100]}"
+    return fields, start + pos + 1, None
 
+def _skip(text, pos):
+    return SPACE.match(text, pos).end()
 
-# ---------------------------------------------------------------------------------------------------------------- tool executor
+def _depth(value):
+    inner = value.values() if isinstance(value, dict) else value
+    return 1 + max(map(_depth, inner), default=0) if isinstance(value, (dict, list)) else 1
 
-def execute(calls, functions, tools, timeout=2.0, max_chars=1000):
-    """Run the calls of a turn in order; one result text per call, and an error text where a call is malformed, unknown, invalid, slow or fails.
+def _number(token):
+    value = float(token)
+    if not math.isfinite(value):
+        raise ValueError(f"{token[:40]} is not a number of JSON")
+    return value
 
-    calls: list[Call | CallError]; functions: {name: callable(**arguments)}, bound to the episode's state. Model text is only ever data: it is
-    parsed as JSON, checked against the schema, and passed as arguments. Each call runs in a daemon thread, since signals work on the
-    main thread only; a call over `timeout` seconds is abandoned (Python cannot kill it; a tool that loops inside one C call holds all).
-    """
-    return [_run(call, functions, tools, timeout, max_chars) for call in calls]
+def _object(pairs):
+    members = {}
+    for key, value in pairs:
+        if key in members:
+            raise ValueError(f"the key {key[:40]!r} stands twice")
+        members[key] = value
+    return members
 
+JSON_DECODER = json.JSONDecoder(
+    parse_constant=_number, parse_float=_number, object_pairs_hook=_object)
 
-def _run(call, functions, tools, timeout, max_chars):
-    result = ["error: the tool took too long"]
+def same_value(a, b):
+    """JSON equality: 1 equals 1.0, but True is not 1."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same_value(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(same_value, a, b))
+    return isinstance(a, bool) == isinstance(b, bool) and a == b
+
+# ---- appendix: tool executor ----
+
+def execute(calls, functions, timeout=2.0, max_chars=1000):
+    """Run the calls of a turn in order -> (a text per call for the model, calls refused, tools that failed).
+
+    calls: list[Call | CallError]; functions: {name: callable(**arguments)}, which check their own
+    arguments and raise InvalidArguments, or ValueError with a sentence for the model. Model text is only
+    ever data: parsed as JSON, passed as arguments. Each call runs in a daemon thread, since signals work
+    on the main thread only, and is abandoned after `timeout` seconds (a turn's calls together after four
+    times that); Python cannot kill it. A tool's own bug is logged once, and the model reads its text."""
+    texts = []
+    refused = failed = 0
+    deadline = time.monotonic() + 4 * timeout
+    for call in calls:
+        outcome = _run(call, functions, min(timeout, deadline - time.monotonic()))
+        if isinstance(outcome, CallError):
+            refused += 1
+        elif isinstance(outcome, Exception):
+            failed += 1
+            if not isinstance(outcome, (ValueError, TimeoutError)):
+                _warn_once(f"the tool {call.name} failed, which is no fault of the model: {outcome!r}")
+        text = f"error: {outcome}" if isinstance(outcome, Exception) else outcome
+        text = SURROGATE.sub("\ufffd", text)
+        texts.append(text if len(text) <= max_chars else text[:max_chars] + " … (cut)")
+    return texts, refused, failed
+
+def _run(call, functions, timeout):
+    """The call's result as text, or the exception that stands in its place."""
+    outcome = [TimeoutError("the tool took too long")]
 
     def work():
         try:
-            if isinstance(call, CallError):
-                raise call
-            validate(call, tools)
-            value = functions[call.name](**call.arguments)
-            result[0] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        except Exception as error:  # whatever a tool or a schema raises, the model reads it and the training run goes on
-            result[0] = f"error: {error}"
+            outcome[0] = _call(call, functions)
+        except Exception as error:  # whatever a tool raises, the training run goes on
+            outcome[0] = error
+
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    thread.join(timeout)
-    text = result[0]
-    return text if len(text) <= max_chars else text[:max_chars] + " … (cut)"
+    thread.join(max(0.0, timeout))
+    return outcome[0]
 
+def _call(call, functions):
+    if isinstance(call, CallError):
+        raise call
+    if call.name not in functions:
+        raise UnknownTool(f"unknown tool {call.name[:60]!r}; the tools are {', '.join(functions)}")
+    function = functions[call.name]
+    try:
+        inspect.signature(function).bind(**call.arguments)
+    except TypeError as error:
+        raise InvalidArguments(str(error)) from None
+    value = function(**call.arguments)
+    if inspect.iscoroutine(value):
+        value = asyncio.run(value)
+    if isinstance(value, str):
+        return value
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"it returned what JSON cannot hold: {error}") from None
 
-# -------------------------------------------------------------------------------------------------------------------- rollout
+def offered(row, box):
+    """{name: callable} of a live episode: those of its box that the row offers, all where it lists none.
+    Raises ValueError if one is missing."""
+    names = [tool["function"]["name"] for tool in row["tools"]] or list(box.functions)
+    missing = [name for name in names if not callable(box.functions.get(name))]
+    if missing:
+        raise ValueError(f"the toolbox has no function for the tools offered: {', '.join(missing)}")
+    return {name: box.functions[name] for name in names}
 
-@dataclass
-class Rollout:
-    """N = P*G episodes, the completions of prompt p in rows p*G … p*G+G-1; tensors [N, T] are aligned to completion tokens, right-padded."""
-    rows: list              # the P rows
-    prompts: list           # P lists of prompt ids
-    group: int
-    tokens: torch.Tensor    # int64 [N, T], exactly the ids that were sampled or forced
-    sampled: torch.Tensor   # bool [N, T], True where the policy chose the token; tool results, headers and padding are False
-    logp: torch.Tensor      # float32 [N, T], log-probability at the sampling temperature; 0 where not sampled
-    entropy: torch.Tensor   # float32 [N, T], nats, of the distribution sampled from; 0 where not sampled
-    length: torch.Tensor    # int64 [N], sampled and forced tokens
-    truncated: torch.Tensor  # bool [N], ran out of max_completion_tokens
-    turns: list             # per episode: [(start, end)] columns of each assistant turn
-    texts: list             # per episode: the text of each assistant turn, without its end-of-turn token
+@lru_cache(maxsize=None)
+def _warn_once(text):
+    log.warning(text)
 
+# ---- appendix: how a row becomes tokens ----
 
-def eos_ids(model, tokenizer):
-    """All ids that end a turn: the tokenizer's and those of the model's generation config."""
-    more = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return {tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])} - {None}
+class Chat:
+    """What the algorithm asks of a tokenizer, by its own chat template: token in, token out, so that only
+    prompts and what follows a tool's answer are tokenised here. toy_tools/chat.py has the hardened one."""
 
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.end_ids = {tokenizer.eos_token_id}  # ids that end a turn
+        self.pieces = {}                         # id -> text
 
-def sample(logits, uniforms, temperature, greedy=False):
-    """One token per row from softmax(logits / temperature): ids int64 [S], their logp and the entropy in nats, float32 [S].
+    def prompt(self, row):
+        """Prompt ids, and the ids of a forced beginning of the completion (mostly empty)."""
+        prompt, opening = self.render(row["messages"], row["tools"])
+        return self.encode(prompt), self.encode(opening)
 
-    logits [S, V]; uniforms float [S] in [0, 1), by which the cumulative distribution is inverted (not read if greedy)."""
-    log_p = F.log_softmax(logits.float() / temperature, -1)  # (S, V)
-    p = log_p.exp()                                          # (S, V)
-    if greedy:
-        ids = logits.argmax(-1)                              # (S,)
-    else:
-        cdf = p.cumsum(-1)                                   # (S, V)
-        ids = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=p.shape[-1] - 1)
-    return ids, log_p.gather(1, ids[:, None])[:, 0], torch.special.entr(p).sum(-1)  # entr(p) = -p log p, and 0 at p = 0
+    def reply(self, row, results, last):
+        """Ids that follow a turn whose last token was `last` when tools have answered: their turns and
+        the next header; and a forced beginning of the next turn."""
+        mark = "\u2016turn\u2016"
+        turn = {"role": "assistant", "content": mark}
+        answers = [{"role": "tool", "content": text} for text in results]
+        text, opening = self.render([*row["messages"], turn, *answers], row["tools"])
+        ids = self.encode(text.partition(mark)[2])
+        return ids[ids[:1] == [last]:], self.encode(opening)  # the template's end token was sampled already
 
+    def render(self, messages, tools):
+        """The template's text up to the completion, and "<think>" if the template itself opens it."""
+        text = self.tokenizer.apply_chat_template(
+            messages, tools=tools or None, tokenize=False, add_generation_prompt=True)
+        cut = re.search(r"(<think>\s*)?\Z", text).start()
+        return text[:cut], text[cut:]
 
-@torch.no_grad()
-def rollout(model, tokenizer, rows, cfg, seed=0, group=None, greedy=False, toolbox_for=None, instructions=""):
-    """Sample `group` (default cfg.group) completions for each row; returns a Rollout.
+    def encode(self, text):
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
-    All episodes advance in lockstep, one token a step, sampled or forced: a tool's result is a queue of forced tokens that pass through the
-    same loop, so nothing is ever re-tokenised and no cache is rebuilt. Finished episodes leave the batch. Each draws from its own stream of
-    uniforms, so what it samples does not depend on which others are still there.
-    With cfg.max_turns > 1, `toolbox_for(row)` gives each episode an object with `.functions`, and its calls are executed.
-    """
-    was_training, G, T = model.training, cfg.group if group is None else group, cfg.max_completion_tokens
-    live = cfg.max_turns > 1 and toolbox_for is not None
-    N, device = len(rows) * G, next(model.parameters()).device
-    end_ids = sorted(eos_ids(model, tokenizer))
-    ends = torch.tensor(end_ids, device=device)
-    encoded = [encode_prompt(tokenizer, row["messages"], row["tools"], instructions) for row in rows]
-    prompts, queues = [ids for ids, _ in encoded], {i: deque(encoded[i // G][1]) for i in range(N) if encoded[i // G][1]}
-    boxes = [toolbox_for(row) for row in rows for _ in range(G)] if live else None
-    spare = N  # the row of the tensors where slots of finished episodes write until they leave
-    uniforms = torch.rand(N, T, generator=torch.Generator().manual_seed(seed)).clamp_(max=1 - 1e-6)
-    uniforms = torch.cat([uniforms, uniforms[:1]]).to(device)                                            # (N+1, T)
-    tokens, sampled = (torch.zeros(N + 1, T, dtype=dtype, device=device) for dtype in (torch.long, torch.bool))
-    logp, entropy = torch.zeros(N + 1, T, device=device), torch.zeros(N + 1, T, device=device)
-    starts, length, truncated = [0] * N, [T] * N, [True] * N
-    turns, texts = [[] for _ in range(N)], [[] for _ in range(N)]
+    def decode(self, ids):
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
-    def finish_turn(i, end, text_end):
-        turns[i].append((starts[i], end))
-        texts[i].append(tokenizer.decode(tokens[i, starts[i]:text_end], clean_up_tokenization_spaces=False))
-    shared = cfg.shared_prefix and can_share(model)
-    model.eval()
-    with sharing(model) if shared else nullcontext(), autocast(model):
-        decoder = (SharedDecoder if shared else PlainDecoder)(model, prompts, G, T, cfg.cuda_graph, cfg.compile_decode)
-        slots = list(range(N))  # the episode of each row of the decoder's batch
-        at, logits = torch.arange(N, device=device), decoder.prefill()                                   # (S,) and (S, V)
-        for t in range(T):
-            chosen, logp_t, entropy_t = sample(logits, uniforms[at, t], cfg.temperature, greedy)         # (S,) each
-            mask = torch.ones_like(chosen, dtype=torch.bool)  # sampled or forced: decided here, where tokens are made
-            if forced := [s for s, i in enumerate(slots) if queues.get(i)] if queues else []:
-                chosen[forced] = torch.tensor([queues[slots[s]].popleft() for s in forced], device=device)
-                mask[forced] = False
-            tokens[at, t], sampled[at, t] = chosen, mask
-            logp[at, t], entropy[at, t] = torch.where(mask, logp_t, 0.0), torch.where(mask, entropy_t, 0.0)
-            finished = False
-            for s in (mask & torch.isin(chosen, ends)).nonzero()[:, 0].tolist():  # turns that end here
-                if (i := slots[s]) == spare:
-                    continue
-                finish_turn(i, t + 1, t)
-                calls = parse_calls(texts[i][-1]) if live and len(turns[i]) < cfg.max_turns else []
-                if calls:
-                    results = execute(calls, boxes[i].functions, rows[i // G]["tools"], cfg.tool_timeout)
-                    suffix, opening = encode_results(tokenizer, results, end_ids)
-                    queues[i], starts[i] = deque(suffix + opening), t + 1 + len(suffix)
+    def text(self, token):
+        """The text of one id, from which regions are found."""
+        if token not in self.pieces:
+            self.pieces[token] = self.decode([token])
+        return self.pieces[token]
+
+# ---- appendix: how the model is run ----
+
+class Engine:
+    """The plain way to run a causal language model: its own forward, its own cache, its own logits, each
+    prompt repeated for its completions. toy_tools/fast.py has one that keeps a group's prompt once."""
+
+    def __init__(self, model):
+        self.model = model
+        forward = inspect.signature(model.forward).parameters
+        self.cache_name = "cache" if "cache" in forward else "past_key_values"  # transformers 5.24, before
+
+    @property
+    def device(self):
+        return next(self.model.parameters()).device
+
+    @property
+    def tolerance(self):
+        """How far, as a KL, two forwards of one policy may differ by rounding."""
+        exact = next(self.model.parameters()).dtype == torch.float32 and not autocasts(self.model)
+        return 1e-4 if exact else 2e-2
+
+    @contextmanager
+    def sampling(self):
+        """What holds while tokens are sampled: nothing is random but the sampling itself."""
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        with torch.no_grad(), autocast(self.model):
+            yield
+        for module in training:
+            module.training = True
+
+    def prefill(self, prompts, group, max_tokens):
+        """Begin S = P*group rows behind their prompts (P id lists): logits [S, V] of the first token."""
+        ids, mask = left_pad([ids for ids in prompts for _ in range(group)], self.device)   # (S, Lp)
+        self.mask = mask
+        self.count = mask.sum(1, keepdim=True)                                              # (S, 1)
+        self.cache = None
+        return self._forward(ids, (mask.cumsum(1) - 1).clamp(min=0))
+
+    def step(self, ids, t):
+        """Feed ids int64 [S] of column t: logits [S, V] of column t + 1, valid until the next step."""
+        self.mask = F.pad(self.mask, (0, 1), value=True)
+        return self._forward(ids[:, None], self.count + t)
+
+    def _forward(self, ids, positions):
+        out = self.model(input_ids=ids, attention_mask=self.mask.long(), position_ids=positions,
+                         use_cache=True, logits_to_keep=1, **{self.cache_name: self.cache})
+        self.cache = out[self.cache_name]
+        return out.logits[:, -1]
+
+    def drop(self, done):
+        """Take finished rows out of the batch where that makes it enough smaller. done: a bool per row.
+        Returns the rows that stay, in their new order, or None if all do."""
+        keep = [s for s, finished in enumerate(done) if not finished]
+        if len(keep) > 0.75 * len(done):
+            return None
+        rows = torch.tensor(keep, device=self.device)
+        self.cache.batch_select_indices(rows)
+        self.mask = self.mask[rows]
+        self.count = self.count[rows]
+        return keep
+
+    def micro_batches(self, batch, groups, budget):
+        """The completions of these groups as lists of rows: forwards of at most `budget` tokens, padding
+        counted, or of one row."""
+        G = batch.group
+        length = batch.length.tolist()
+        prompt = [len(ids) for ids in batch.prompts for _ in range(G)]
+
+        def tokens(rows):
+            return len(rows) * (max(prompt[i] for i in rows) + max(length[i] for i in rows))
+
+        parts = []
+        for p in sorted(groups, key=lambda p: (max(length[p * G:p * G + G]), prompt[p * G])):
+            for row in range(p * G, p * G + G):
+                if parts and tokens([*parts[-1], row]) <= budget:
+                    parts[-1].append(row)
                 else:
-                    length[i], truncated[i], slots[s], finished = t + 1, False, spare, True
-            if t == T - 1 or slots.count(spare) == len(slots):
-                break
-            if finished:
-                slots, kept = drop_finished(decoder, slots, spare)
-                at, chosen = torch.tensor(slots, device=device), chosen[kept]
-            logits = decoder.step(chosen, t)
-    model.train(was_training)
-    for i in range(N):
-        if truncated[i] and starts[i] < T:  # the turn that was cut is scored as it stands
-            finish_turn(i, T, T)
-    tokens, sampled, logp, entropy = (x[:N, :max(length)].contiguous() for x in (tokens, sampled, logp, entropy))
-    length, truncated = torch.tensor(length, device=device), torch.tensor(truncated, device=device)
-    return Rollout(rows, prompts, G, tokens, sampled, logp, entropy, length, truncated, turns, texts)
+                    parts.append([row])
+        return parts
 
+    def logps(self, batch, rows, temperature):
+        """logp float32 [n, T] of the completions in these rows, with gradient; T is that of the longest.
+        What stands behind a completion is padding, never seen by what precedes it."""
+        T = max(batch.length[rows].tolist())
+        ids, mask = left_pad([batch.prompts[i // batch.group] for i in rows], self.device)  # (n, Lp)
+        completions = batch.tokens[rows, :T]                                                # (n, T)
+        mask = F.pad(mask, (0, T), value=True)                                              # (n, Lp+T)
+        with autocast(self.model):
+            logits = self.model(input_ids=torch.cat([ids, completions], 1), attention_mask=mask.long(),
+                                position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False,
+                                logits_to_keep=T + 1).logits
+            logits = logits[:, -T - 1:-1].flatten(0, 1)      # (n*T, V), logits at t-1 predict token t
+            return token_logps(logits, completions.flatten(), temperature).view(-1, T)
 
-# ---------------------------------------------------------------------------------------------------------------------- regions
-
-TAG, SCAFFOLD, NAME, PARAMS, THOUGHT, TEXT = range(6)
-REGIONS = ("tag", "scaffold", "name", "params", "thought", "text")  # the paper's "format" is tag and scaffold (JSON syntax) together
-
-
-def label_chars(text):
-    """The region of every character, a bytearray as long as the text; total on any input.
-
-    >>> list(label_chars('<think>a</think>')[6:9])
-    [0, 4, 0]
-    """
-    label = bytearray([SCAFFOLD if c.isspace() else TEXT for c in text])
-    for block in split_blocks(text):
-        a, b = block.inner
-        label[block.start:a] = bytes([TAG]) * (a - block.start)
-        label[b:block.end] = bytes([TAG]) * (block.end - b)
-        label[a:b] = bytes([{"think": THOUGHT, "tool_call": SCAFFOLD, "response": TEXT}[block.kind]]) * (b - a)
-        for _, _, stop, fields in block.calls:
-            for key, (value, start, end) in fields.items():
-                end = stop if end is None else end  # a member that broke off runs to the end of its line
-                if key == "name":  # its quotes are format
-                    start, end = start + (text[start:start + 1] == '"'), end - (isinstance(value, str))
-                if key in ("name", "arguments", "parameters"):
-                    label[start:end] = bytes([NAME if key == "name" else PARAMS]) * (end - start)
-    return label
-
-
-def tag_regions(pieces):
-    """Regions of the tokens of one assistant turn, given each sampled id's own text: two lists as long as `pieces`.
-
-    region: that of the token's first non-space character; touched: a bit mask of all regions its non-space characters lie in
-    (a token such as `}}` straddles two)."""
-    label, pos, region, touched = label_chars("".join(pieces)), 0, [], []
-    for piece in pieces:
-        first = pos + len(piece) - len(piece.lstrip()) if piece.strip() else pos
-        # an empty piece (the inner bytes of one character) takes the region it stands in
-        region.append(label[min(first, len(label) - 1)] if label else TEXT)
-        bits = 1 << region[-1]
-        for k, c in enumerate(piece):
-            bits |= 0 if c.isspace() else 1 << label[pos + k]
-        touched.append(bits)
-        pos += len(piece)
-    return region, touched
-
-
-def token_regions(tokenizer, batch, ends):
-    """int64 [N, T] regions and touched bit masks of a Rollout, from the sampled ids; the end-of-turn token is a tag. -1 and 0 where forced."""
-    pieces = tokenizer.__dict__.setdefault("_rest_pieces", {})  # id -> text, decoded once
-    region = torch.full(batch.tokens.shape, -1)
-    touched = torch.zeros_like(region)
-    for i, (ids, turns) in enumerate(zip(batch.tokens.tolist(), batch.turns)):
-        for start, end in turns:
-            for x in ids[start:end]:
-                if x not in pieces:
-                    pieces[x] = tokenizer.decode([x], clean_up_tokenization_spaces=False)
-            closed = ids[end - 1] in ends
-            r, b = tag_regions([pieces[x] for x in ids[start:end - closed]])
-            region[i, start:end] = torch.tensor(r + [TAG] * closed)
-            touched[i, start:end] = torch.tensor(b + [1 << TAG] * closed)
-    region, touched = region.to(batch.tokens.device), touched.to(batch.tokens.device)
-    return torch.where(batch.sampled, region, -1), torch.where(batch.sampled, touched, 0)
-
-
-# ----------------------------------------------------------------------------------------------------------------------- reward
-
-def _jaccard(a, b):
-    a, b = Counter(list(a)), Counter(list(b))  # list: of a dict, its keys
-    return (a & b).total() / (a | b).total() if a or b else 1.0
-
-
-def correctness_score(gold, predicted):
-    """ToolRL's rule in [0, 1]: names as a multiset, then per gold call the best unused call of the same name, by parameter names and values.
-
-    gold: list[Call], not empty; predicted: list[Call | CallError]. One unreadable call gives 0."""
-    if any(isinstance(call, CallError) for call in predicted):
-        return 0.0
-    score, unused = _jaccard([c.name for c in gold], [c.name for c in predicted]), list(predicted)
-    for call in gold:
-        best, match = 0.0, None
-        for other in unused:
-            if other.name == call.name:
-                s = _jaccard(call.arguments, other.arguments) + sum(
-                    k in other.arguments and same_value(v, other.arguments[k]) for k, v in call.arguments.items())
-                best, match = (s, other) if s > best else (best, match)
-        score += best
-        unused = [other for other in unused if other is not match]
-    return score / (1 + sum(1 + len(call.arguments) for call in gold))
-
-
-def format_score(text, required):
-    """1.0 if exactly the required blocks stand there, closed, in order, with nothing but space outside them; else 0.0. Consecutive call
-    blocks count as one."""
-    kinds, pos, outside = [], 0, ""
-    for block in split_blocks(text):
-        if not block.closed:
-            return 0.0
-        outside, pos = outside + text[pos:block.start], block.end
-        if kinds[-1:] != ["tool_call"] or block.kind != "tool_call":
-            kinds.append(block.kind)
-    return float(kinds == list(required) and not (outside + text[pos:]).strip())
-
-
-def score_texts(texts, row):
-    """(format in [0, 1], correctness in [0, 1] or None where gold has no call, exact) of an episode.
-
-    texts: the assistant turns. Format is the mean over turns, correctness compares all calls with all gold calls. A row may state the
-    "blocks" of each gold turn; else it is a thought, then calls where gold has some or a response. Exact: format right and calls equal gold's."""
-    gold = [Call(call["name"], call["arguments"]) for turn in row["gold"] for call in turn]
-    required = row.get("blocks") or [("think", "tool_call" if turn else "response") for turn in row["gold"]]
-    form = sum(map(format_score, texts, required)) / max(len(texts), len(required))  # missing and surplus turns count 0
-    calls = [call for text in texts for call in parse_calls(text)]
-    correct = correctness_score(gold, calls) if gold else None
-    exact = form == 1.0 and len(calls) == len(gold) and (not gold or correct == 1.0)
-    return form, correct, exact
-
-
-def episode_reward(form, correct, progress, scaling="dynamic"):
-    """Format and correctness scores -> reward (ToolRL's, arXiv 2504.13958, rescaled by the authors' code as training goes on).
-
-    static: format in [0, 1], correctness in [-3, 3]. dynamic, with nu = 0.7 progress: format in [-2+2nu, 2-nu] (held outside (-1, 1)),
-    correctness in [-(2+nu), 2+nu] (held within 3): early on format counts more, later correctness."""
-    nu = 0.7 * progress
-    if scaling == "static":
-        f_min, f_max, c_max = 0.0, 1.0, 3.0
-    else:
-        f_min, f_max, c_max = min(-1.0, -2 + 2 * nu), max(1.0, 2 - nu), min(3.0, 2 + nu)
-    return f_min + (f_max - f_min) * form + (0.0 if correct is None else c_max * (2 * correct - 1))
-
-
-def group_advantages(rewards, scale_by_std=True, delta=1e-4):
-    """rewards float [P, G] -> advantages [P, G], group mean 0; divided by the unbiased std + delta unless Dr. GRPO. Equal rewards: exactly 0."""
-    advantages = rewards - rewards.mean(1, keepdim=True)
-    if scale_by_std:
-        advantages = advantages / (rewards.std(1, keepdim=True) + delta)
-    return torch.where((rewards == rewards[:, :1]).all(1, keepdim=True), 0.0, advantages)
-
-
-# ----------------------------------------------------------------------------------------- token weights: the heart of ResT
-
-def region_entropy(entropy, region, mask):
-    """Mean entropy (nats) of the sampled tokens of each region, over the whole rollout batch: float [6]. Tags and scaffold share the mean
-    of the paper's format region. An empty region gets 0. entropy float, region int, mask bool, all [N, T]."""
-    inside = F.one_hot(region.clamp(min=0), 6) * mask[..., None]  # (N, T, 6)
-    form = inside[..., TAG] + inside[..., SCAFFOLD]
-    inside[..., TAG], inside[..., SCAFFOLD] = form, form
-    total = (inside * entropy.detach()[..., None]).sum((0, 1))
-    return total / inside.sum((0, 1)).clamp(min=1)
-
-
-RAW_WEIGHTS = {"one-minus-exp": lambda h: 1 / (1 - torch.exp(-h)),  # Theorem 2 with Lemma 2's bound on the score
-               "inverse": lambda h: 1 / h}
-
-
-def raw_weights(region_h, kind="one-minus-exp", min_entropy=0.05):
-    """Region entropies [6] in nats -> weights [6] that fall with entropy: the practical proxy of Theorem 2."""
-    return RAW_WEIGHTS[kind](region_h.clamp(min=min_entropy))
-
-
-def curriculum(weight, progress, cfg):
-    """Weights [6] at progress in [0, 1]: format down, parameters and thought up, name and free text constant."""
-    w = weight.clone()
-    for r in (TAG, SCAFFOLD):
-        w[r] = (w[r] - cfg.alpha_format * progress).clamp(min=cfg.weight_min)
-    w[PARAMS] = (w[PARAMS] + cfg.alpha_params * progress).clamp(max=cfg.weight_max)
-    w[THOUGHT] = (w[THOUGHT] + cfg.alpha_thought * progress).clamp(max=cfg.weight_max)
-    return w
-
-
-def normalise_weights(weight, mask):
-    """[N, T] weights -> mean 1 over each completion's masked tokens, 0 elsewhere: weights redistribute, they do not rescale.
-
-    Divided by the maximum first, so that equal weights become exactly 1 (GRPO bit for bit); all-zero rows stay zero."""
-    weight = torch.where(mask, weight, 0.0)
-    weight = weight / weight.amax(1, keepdim=True).clamp(min=1e-30)
-    mean = weight.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
-    return weight / mean.clamp(min=1e-30)
-
-
-def official_weights(touched, mask, step):
-    """The authors' code: constants and a clock, no entropy. Where a token touches several regions the largest weight wins. [N, T].
-    (Their clip of the weights to [0.001, 8] never acts.)"""
-    weight = torch.tensor([1.0, 0.0, 1.2, min(1.2, 0.6 + 0.002 * step), min(1.0, 0.6 + 0.002 * step), 0.0])
-    subsets = [max([float(weight[r]) for r in range(6) if bits >> r & 1], default=0.0) for bits in range(64)]  # per set of regions
-    weight = torch.tensor(subsets, device=touched.device)[touched]
-    return normalise_weights(weight, mask & (weight > 0))
-
-
-def token_weights(region, touched, entropy, mask, cfg, step):
-    """Weights float [N, T] of a rollout batch, mean 1 per completion, fixed over all passes; no gradient passes: entropy is the number
-    recorded at rollout. (rest-official, as in the authors' code: mean 1 over the tokens of positive weight.)"""
-    if cfg.method in ("grpo", "dr-grpo"):
-        return normalise_weights(torch.ones_like(entropy), mask)
-    if cfg.method == "rest-official":
-        return official_weights(touched, mask, step)
-    if cfg.method == "top-entropy":  # arXiv 2506.01939: the opposite belief, only the least certain tokens matter
-        kept = entropy[mask].sort(descending=True).values[:max(1, round(cfg.top_entropy_fraction * int(mask.sum())))]
-        return normalise_weights((entropy >= kept[-1]).float(), mask)
-    raw = raw_weights(region_entropy(entropy, region, mask), cfg.raw_weight, cfg.min_entropy)  # (6,)
-    raw = raw / raw[region[mask]].mean()
-    weight = curriculum(raw, 0.0 if cfg.method == "rest-static" else step / cfg.steps, cfg)    # (6,)
-    if cfg.method == "no-thought":
-        weight[THOUGHT] = 0.0
-    return normalise_weights(weight[region.clamp(min=0)], mask)                               # (N, T)
-
-
-# -------------------------------------------------------------------------------------------------- log-probabilities and loss
+    def backward(self, loss):
+        loss.backward()
 
 def token_logps(x, targets, temperature, head=None, chunk_elements=2**26):
     """logp float32 [M] of targets [M] under softmax(logits / temperature).
 
-    x: hidden states [M, H] with their output layer `head`, or logits [M, V]. Works in chunks whose float32 logits are recomputed in
-    the backward pass, so that [M, V] floats never exist at once for a large vocabulary."""
+    x: logits [M, V], or hidden states [M, H] with their output layer `head`. Works in chunks whose float32
+    logits are made again in the backward pass, so that [M, V] floats never exist at once."""
     def one(x, targets):
-        logits = (head(x) if head is not None else x).float() / temperature  # (m, V)
-        return -F.cross_entropy(logits, targets, reduction="none")           # (m,)
+        logits = (head(x) if head is not None else x).float() / temperature   # (m, V)
+        return -F.cross_entropy(logits, targets, reduction="none")            # (m,)
+
     size = max(1, chunk_elements // (head.weight.shape[0] if head is not None else x.shape[-1]))
     if len(x) <= size:
         return one(x, targets)
-    return torch.cat([checkpoint(one, a, b, use_reentrant=False) for a, b in zip(x.split(size), targets.split(size))])
+    parts = zip(x.split(size), targets.split(size))
+    return torch.cat([checkpoint(one, a, b, use_reentrant=False) for a, b in parts])
 
+def left_pad(prompts, device):
+    """P id lists -> ids int64 [P, Lp], mask bool [P, Lp]; the last prompt token stands in the last column."""
+    width = max(map(len, prompts))
+    count = torch.tensor([len(ids) for ids in prompts], device=device)
+    ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=device)
+    return ids, torch.arange(width, device=device) >= width - count[:, None]
 
-def completion_logps(model, prompts, completions, temperature, shared):
-    """logp float32 [P, G, T] of completion tokens [P, G, T] after their prompts (P id lists), with gradient.
+def autocasts(model):
+    """Whether float32 weights compute in bfloat16: on GPUs that have it natively."""
+    parameter = next(model.parameters(), torch.empty(0))
+    return (parameter.is_cuda and parameter.dtype == torch.float32
+            and torch.cuda.is_bf16_supported(including_emulation=False))
 
-    shared: one batch row per prompt, [prompt | G completions], each prompt forwarded once, with gradient; exact, see PackedLayout.
-    Otherwise each completion is forwarded behind its own copy of the prompt. Padding behind a completion is never seen by what precedes it."""
-    (P, G, T), device = completions.shape, completions.device
-    ids, mask = left_pad(prompts, device)
-    Lp, count = ids.shape[1], mask.sum(1)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)  # (P, Lp)
-    after = count[:, None] + torch.arange(T, device=device)  # (P, T) positions of completion tokens
-    with autocast(model):
-        if shared:
-            with sharing(model):
-                hidden = model.base_model(input_ids=torch.cat([ids, completions.flatten(1)], 1),  # (P, Lp+G*T)
-                                          position_ids=torch.cat([positions, after.repeat(1, G)], 1),
-                                          use_cache=False, layout=PackedLayout(mask, G, T)).last_hidden_state
-            last = hidden[:, None, Lp - 1:Lp].expand(-1, G, -1, -1)  # (P, G, 1, H) the prompt's last state predicts token 0
-            own = hidden[:, Lp:].unflatten(1, (G, T))[:, :, :-1]     # (P, G, T-1, H) state t-1 predicts token t
-            x, head = torch.cat([last, own], 2).flatten(0, 2), model.get_output_embeddings()
-        else:
-            def repeat(a):
-                return a.repeat_interleave(G, 0)
-            full = torch.cat([repeat(mask), torch.ones(P * G, T, dtype=torch.bool, device=device)], 1)  # (P*G, Lp+T)
-            logits = model(input_ids=torch.cat([repeat(ids), completions.flatten(0, 1)], 1), attention_mask=full.long(),
-                           position_ids=torch.cat([repeat(positions), repeat(after)], 1), use_cache=False, logits_to_keep=T + 1).logits
-            x, head = logits[:, -T - 1:-1].flatten(0, 1), None  # logits at t-1 predict token t
-        return token_logps(x, completions.flatten(), temperature, head).view(P, G, T)
-
-
-def loss_scale(mask, weight, aggregation, max_tokens):
-    """Factor float [N] that turns a completion's weighted token sum into its share of the loss; from the whole batch, before micro-batching.
-
-    sequence: 1/(N T_i); constant: 1/(N max_tokens), Dr. GRPO; token: 1/(all weights of the batch)."""
-    N, tokens = len(mask), mask.sum(1)
-    if aggregation == "sequence":
-        return 1 / (N * tokens.clamp(min=1).float())
-    if aggregation == "constant":
-        return torch.full((N,), 1 / (N * max_tokens), device=mask.device)
-    return (1 / (weight * mask).sum().clamp(min=1e-30)).expand(N)
-
-
-def policy_loss(logp, logp_old, advantages, weight, mask, scale, clip):
-    """The objective at the top of this file. logp, logp_old, weight float, mask bool [N, T]; advantages, scale float [N] -> scalar.
-
-    Gradient reaches logp only. Sums, does not average: the means are in `scale`, so micro-batches simply add up."""
-    logp_old, advantages, weight = logp_old.detach(), advantages.detach()[:, None], weight.detach()
-    ratio = torch.exp(torch.where(mask, logp - logp_old, 0.0))  # (N, T)
-    gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
-    return -(torch.where(mask, weight * gain, 0.0).sum(1) * scale).sum()
-
-
-# --------------------------------------------------------------------------------------------------------------------- update
-
-def update(model, optimizer, batch, advantages, weight, cfg):
-    """cfg.passes optimiser steps on one rollout batch; returns a dict of metrics, means over the passes.
-
-    advantages float [N], weight float [N, T]. Groups whose advantages are all zero have zero gradient and are not forwarded. A step
-    whose loss or gradient is not finite is skipped and counted."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    scale = loss_scale(batch.sampled, weight, cfg.aggregation, cfg.max_completion_tokens)  # (N,)
-    G, shared = batch.group, cfg.shared_prefix and can_share(model)
-    used = advantages.view(-1, G).ne(0).any(1).nonzero()[:, 0].tolist()
-    parts, total, skipped = micro_batches(batch, used, cfg.micro_batch_tokens, shared), Counter(), 0
-    for _ in range(cfg.passes):
-        optimizer.zero_grad(set_to_none=True)
-        loss, clipped, kl, count = 0.0, 0.0, 0.0, 0
-        for part in parts:
-            rows = torch.tensor([p * G + g for p, members in part for g in members], device=batch.tokens.device)  # (n,)
-            T = int(batch.length[rows].max())
-            logp_old, mask = batch.logp[rows, :T], batch.sampled[rows, :T]                                        # (n, T)
-            logp = completion_logps(model, [batch.prompts[p] for p, _ in part], batch.tokens[rows, :T].view(len(part), -1, T),
-                                    cfg.temperature, shared).flatten(0, 1)                                        # (n, T)
-            micro = policy_loss(logp, logp_old, advantages[rows], weight[rows, :T], mask, scale[rows], cfg.clip)
-            with sharing(model) if shared else nullcontext():  # gradient checkpointing forwards again in here
-                micro.backward()
-            with torch.no_grad():
-                log_ratio, sign = (logp - logp_old)[mask], advantages[rows].sign()[:, None].expand_as(mask)[mask]
-                loss += micro.detach()
-                clipped += (sign * (log_ratio.exp() - 1) > cfg.clip).sum()
-                kl += (log_ratio.exp() - 1 - log_ratio).sum()  # the k3 estimate of KL(old || new)
-                count += len(log_ratio)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
-        if math.isfinite(float(loss)) and math.isfinite(float(norm)):
-            optimizer.step()
-        else:
-            skipped += 1
-        total.update(loss=float(loss), grad_norm=float(norm), clip_fraction=float(clipped) / max(count, 1), kl=float(kl) / max(count, 1))
-    optimizer.zero_grad(set_to_none=True)
-    return {"skipped_updates": skipped, **{name: value / cfg.passes for name, value in total.items()}}
-
-
-def learning_rate(cfg, step):
-    """Linear warm-up over cfg.warmup_steps, then linear decay to a tenth of cfg.learning_rate at cfg.steps."""
-    warm = min(1.0, (step + 1) / max(1, cfg.warmup_steps))
-    return cfg.learning_rate * warm * (1 - 0.9 * max(0, step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps))
-
-
-# ---------------------------------------------------------------------------------------------------- one step, and evaluation
-
-def score_batch(batch):
-    """(format, correctness, exact) of every episode, list of N."""
-    return [score_texts(texts, batch.rows[i // batch.group]) for i, texts in enumerate(batch.texts)]
-
-
-def train_step(model, tokenizer, optimizer, rows, cfg, step, toolbox_for=None, instructions="", clock=None):
-    """One ResT step on cfg.prompts rows: roll out, score, weigh, update. Returns (metrics, Rollout, region [N, T], weight [N, T]).
-
-    clock(name), if given, is called after each phase: rollout, reward, update."""
-    clock = clock or (lambda name: None)
-    batch = rollout(model, tokenizer, rows, cfg, seed=cfg.seed * 1_000_003 + step, toolbox_for=toolbox_for, instructions=instructions)
-    clock("rollout")
-    scores = score_batch(batch)
-    rewards = torch.tensor([episode_reward(f, c, step / cfg.steps, cfg.reward_scaling) for f, c, _ in scores], device=batch.tokens.device)
-    advantages = group_advantages(rewards.view(-1, batch.group), cfg.method != "dr-grpo", cfg.delta).flatten()  # (N,)
-    region, touched = token_regions(tokenizer, batch, eos_ids(model, tokenizer))
-    weight = token_weights(region, touched, batch.entropy, batch.sampled, cfg, step)
-    clock("reward")
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(cfg, step)
-    metrics = update(model, optimizer, batch, advantages, weight, cfg)
-    clock("update")
-    entropy = region_entropy(batch.entropy, region, batch.sampled)
-    N = len(scores)
-    metrics.update(
-        step=step, reward=float(rewards.mean()), exact=sum(e for *_, e in scores) / N, format=sum(f for f, *_ in scores) / N,
-        correct=sum(c for _, c, _ in scores if c is not None) / max(1, sum(c is not None for _, c, _ in scores)),
-        zero_groups=float(advantages.view(-1, batch.group).eq(0).all(1).float().mean()), truncated=float(batch.truncated.float().mean()),
-        tokens=float(batch.sampled.sum() / N), lr=learning_rate(cfg, step))
-    for name, r in (("format", TAG), ("name", NAME), ("params", PARAMS), ("thought", THOUGHT), ("text", TEXT)):
-        inside = (region == r) | (region == SCAFFOLD) if r == TAG else region == r
-        metrics[f"H_{name}"] = float(entropy[r])
-        metrics[f"w_{name}"] = float(weight[inside].mean()) if bool(inside.any()) else 0.0
-    return metrics, batch, region, weight
-
-
-def evaluate(model, tokenizer, rows, cfg, greedy=False, samples=1, seed=0, batch_rows=64, toolbox_for=None, instructions="", on_batch=None):
-    """Exact-call rate, format, correctness and mean sampled tokens over rows, per category and overall.
-
-    Greedy, or `samples` completions per row at cfg.temperature. Returns {category: {n, exact, format, correct, tokens}}, key "all" last."""
-    found = {}
-    for start in range(0, len(rows), batch_rows):
-        part = rows[start:start + batch_rows]
-        batch = rollout(model, tokenizer, part, cfg, seed=seed + start, group=1 if greedy else samples, greedy=greedy,
-                        toolbox_for=toolbox_for, instructions=instructions)
-        for i, (form, correct, exact) in enumerate(score_batch(batch)):
-            for key in (part[i // batch.group].get("category", "rows"), "all"):
-                found.setdefault(key, []).append((exact, form, correct, int(batch.sampled[i].sum())))
-        if on_batch:
-            on_batch(len(part))
-    table = {}
-    for key in sorted(found, key=lambda k: (k == "all", k)):
-        exact, form, correct, tokens = zip(*found[key])
-        correct = [c for c in correct if c is not None]
-        table[key] = {"n": len(exact), "exact": sum(exact) / len(exact), "format": sum(form) / len(form),
-                      "correct": sum(correct) / len(correct) if correct else None, "tokens": sum(tokens) / len(tokens)}
-    return table
+def autocast(model):
+    """Context of a forward."""
+    return torch.autocast("cuda", torch.bfloat16) if autocasts(model) else nullcontext()

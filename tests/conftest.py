@@ -1,8 +1,12 @@
 """Shared toys: a byte-level tokenizer, random tiny models, and a fake model that emits a script. Nothing is downloaded."""
 
+import copy
+import json
 import os
 import sys
+import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -73,6 +77,52 @@ def scripted(tokenizer, texts, sharp=30.0):
         logits[ids[row][min(t, len(ids[row]) - 1)]] = sharp
         return logits
     return ScriptedModel(script, len(tokenizer))
+
+
+def scripted_turns(tokenizer, texts, sharp=30.0):
+    """A ScriptedModel whose row r writes texts[r][k] in its k-th turn; the last one again if there
+    are more turns. A turn begins where the model has been fed an assistant header."""
+    ids = [[tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+            for text in row] for row in texts]
+    header = tokenizer("assistant\n", add_special_tokens=False)["input_ids"]
+    state = {}
+
+    def script(row, t, last):
+        seen, turn, pos = state.get(row, ([], 0, 0)) if t else ([], 0, 0)
+        seen = seen + [last]
+        if t and seen[-len(header):] == header:
+            turn, pos = turn + 1, 0
+        wanted = ids[row][min(turn, len(ids[row]) - 1)]
+        logits = torch.zeros(len(tokenizer))
+        logits[wanted[min(pos, len(wanted) - 1)]] = sharp
+        state[row] = (seen, turn, pos + 1)
+        return logits
+    return ScriptedModel(script, len(tokenizer))
+
+
+def adder(row=None):
+    """The live environment of ROW."""
+    return SimpleNamespace(functions={"add": lambda a, b: a + b})
+
+
+def opened_template(tokenizer):
+    """The tokenizer with a template that ends the prompt with an open thought."""
+    opened = copy.deepcopy(tokenizer)
+    opened.chat_template = tokenizer.chat_template.replace(
+        "assistant\n{% endif %}", "assistant\n<think>{% endif %}")
+    return opened
+
+
+def by_text(texts, row):
+    """A score that tells any two completions apart, so that even a random policy has a gradient:
+    with the real one all of its completions score the same and no weight moves."""
+    x = zlib.crc32("".join(texts).encode())
+    return float(x % 2), (x // 2 % 5) / 4, False
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -182,6 +182,33 @@ def test_the_curriculum_and_its_bounds():
     assert start[0] == 0.6
 
 
+@pytest.mark.parametrize("field, value", [("raw_weight", "inverse"), ("min_entropy", 1.0),
+                                          ("top_entropy_fraction", 0.5), ("alpha_format", 1.0),
+                                          ("alpha_params", 0.1), ("alpha_thought", 0.1),
+                                          ("weight_min", 2.0), ("weight_max", 0.5)])
+def test_every_weight_option_matters(field, value):
+    """None of them is read and forgotten on the way from the command line to the weights."""
+    g = torch.Generator().manual_seed(0)
+    region = torch.randint(0, 6, (3, 40), generator=g)
+    mask = torch.ones(3, 40, dtype=torch.bool)
+    entropy = torch.rand(3, 40, generator=g) + region / 3
+    method = "top-entropy" if field.startswith("top") else "rest"
+
+    def weights(**options):
+        return rest.token_weights(region, 1 << region, entropy, mask,
+                                  rest.Config(method=method, **options), 40)
+    assert not torch.allclose(weights(), weights(**{field: value}), atol=1e-3)
+
+
+def test_the_official_clock_stops():
+    """Parameters at 1.2, thoughts at 1.0, however long the run."""
+    touched = torch.tensor([[1 << NAME, 1 << PARAMS, 1 << THOUGHT, 1 << TAG]])
+    for step, params, thought in ((0, 0.6, 0.6), (250, 1.1, 1.0), (1000, 1.2, 1.0)):
+        w = torch.tensor([1.2, params, thought, 1.0])
+        got = rest.official_weights(touched, touched > 0, step)[0]
+        assert torch.allclose(got, w / w.mean(), atol=1e-6)
+
+
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_equal_weights_are_grpo_bit_for_bit(aggregation):
     """When all regions have the same entropy and there is no curriculum, rest's weights are exactly 1.0 and its gradient is grpo's, bit for bit."""
@@ -225,6 +252,25 @@ def test_clipping_zeroes_exactly_the_right_tokens():
     rest.policy_loss(logp, old, A, torch.ones(2, 7), torch.ones(2, 7, dtype=torch.bool), torch.ones(2), 0.2).backward()
     dead = torch.stack([ratio[0] > 1.2, ratio[1] < 0.8])
     assert torch.equal(logp.grad == 0, dead) and torch.allclose(logp.grad[~dead], (-A[:, None] * ratio)[~dead], rtol=1e-5)
+
+
+def test_clip_is_the_configured_one():
+    """Another epsilon, another gradient."""
+    model = qwen3(V)
+    batch, _, _, advantages = make_batch(model)
+    wide, narrow = (gradient(model, batch, advantages, torch.ones(P * G, T), config(clip=c))[0]
+                    for c in (0.2, 0.05))
+    assert not close(wide, narrow, 1e-2)
+
+
+def test_one_advantage_of_zero_does_not_drop_its_group():
+    """Only groups whose advantages are all zero need no forward."""
+    model = qwen3(V)
+    batch, _, _, advantages = make_batch(model)
+    advantages[[1, 2 * G]] = 0.0
+    weight = rest.normalise_weights(torch.ones(P * G, T), batch.sampled)
+    g, _ = gradient(model, batch, advantages, weight, config())
+    assert close(g, reference_gradient(model, batch, advantages, weight, config())[0])
 
 
 def test_nothing_but_logp_carries_gradient_and_inputs_stay():
@@ -332,6 +378,16 @@ def test_micro_batches_keep_to_the_budget_with_their_padding(shared):
             copies = len(part[0][1])
             tokens = len(part) * (prompt + copies * completion) if shared else len(part) * copies * (prompt + completion)
             assert tokens <= budget or (len(part) == copies == 1)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_micro_batches_never_mix_groups_with_different_numbers_of_members(shared):
+    """Their tensors would have no shape [P, G, T]."""
+    batch = SimpleNamespace(group=4, length=torch.tensor([9] * 4 + [10] * 4),
+                            prompts=[[0] * 3, [0] * 3])
+    for budget in range(10, 120):
+        for part in rest.micro_batches(batch, [0, 1], budget, shared):
+            assert len({len(members) for _, members in part}) == 1, (budget, part)
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -445,6 +501,16 @@ def test_a_non_finite_update_is_skipped_and_counted(bad):
     before, recorder = model.logits.detach().clone(), Recorder(model, rate=1.0)
     metrics = rest.update(model, recorder, batch, torch.linspace(-1, 1, 8) * torch.tensor([bad] + [1.0] * 7), torch.ones(8, 1), config(passes=2))
     assert metrics["skipped_updates"] == 2 and not recorder.grads and torch.equal(model.logits.detach(), before)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_though_the_loss_is():
+    """The loss alone does not tell."""
+    model, batch = unigram_batch([0.5, 0.25, 0.25], [0.5, 0.375, 0.125], (4, 2, 2))
+    model.logits.register_hook(lambda grad: grad * math.nan)
+    recorder = Recorder(model, rate=1.0)
+    metrics = rest.update(model, recorder, batch, torch.linspace(-1, 1, 8), torch.ones(8, 1), config())
+    assert metrics["skipped_updates"] == 1 and not recorder.grads
+    assert math.isfinite(metrics["loss"])
 
 
 def test_several_passes_keep_weights_and_behaviour_logps():

@@ -1,7 +1,9 @@
 """The parts of rest.py from text to reward: configuration, parsing, executor, regions, rule reward, chat templates."""
 
+import copy
 import json
 import random
+import threading
 import time
 
 import pytest
@@ -153,6 +155,27 @@ def test_a_slow_tool_is_abandoned():
     assert time.perf_counter() - start < 2
 
 
+def test_every_call_of_a_turn_has_the_whole_limit_to_itself():
+    """A call that hangs uses up its own limit: the one behind it still has time to work. What the
+    first returns later appears nowhere."""
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    late, done = threading.Event(), threading.Event()
+
+    def work(hang):
+        if hang:
+            late.wait()
+            done.set()
+        else:
+            time.sleep(0.3)
+        return "worked"
+    calls = [Call("f", {"hang": hang}) for hang in (False, True, False)]
+    results = rest.execute(calls, {"f": work}, [tool], timeout=1.0)
+    late.set()
+    assert done.wait(10)
+    time.sleep(0.05)
+    assert results[0] == results[2] == "worked" and "too long" in results[1]
+
+
 def test_hostile_calls_through_the_real_tools_cost_milliseconds(tmp_path, monkeypatch):
     from toy_tools import tools
     monkeypatch.chdir(tmp_path)
@@ -209,6 +232,19 @@ def test_a_token_takes_the_region_of_its_first_visible_character():
     assert touched[6] == 1 << PARAMS | 1 << SCAFFOLD  # `}}` closes the parameters and the call
 
 
+def test_spaces_touch_nothing():
+    """The space before a value and the newline behind it add no region to their token."""
+    _, touched = rest.tag_regions(['<tool_call>{"name": "f", "arguments":', ' {"a": 1}',
+                                   "}\n</tool_call>"])
+    assert touched[1] == 1 << PARAMS and touched[2] == 1 << SCAFFOLD | 1 << TAG
+
+
+def test_a_name_that_is_no_string_has_no_quotes():
+    """Quotes around a name are format; a number has none to take off."""
+    text = '<tool_call>{"name": 12, "arguments": {}}'
+    assert "".join(c for c, r in zip(text, rest.label_chars(text)) if r == NAME) == "12"
+
+
 def test_retokenising_would_shift_labels_where_sampled_ids_do_not(tokenizer):
     """Pitfall 3. A policy may sample a non-canonical tokenisation; labels follow the ids it sampled, one each."""
     from toy_tools.policy import build_tokenizer
@@ -248,6 +284,12 @@ A, B = Call("f", {"x": 1, "y": 2}), Call("g", {})
     ([Call("f", {"x": 1}), A], [A, Call("f", {"z": 0})], (1 + 1 / 2 + 1 + 0) / 6)])  # greedy in gold's order, and 0 consumes nothing
 def test_correctness_score_by_hand(gold, predicted, score):
     assert rest.correctness_score(gold, predicted) == pytest.approx(score)
+
+
+def test_equal_calls_are_used_one_by_one():
+    """Equal predictions that are different objects: each serves one gold call."""
+    twice = [Call("f", {"x": 1}), Call("f", {"x": 1})]
+    assert rest.correctness_score([Call("f", {"x": 1})] * 2, twice) == 1.0
 
 
 def test_correctness_is_one_only_for_the_same_multiset():
@@ -297,7 +339,6 @@ def test_episode_scores():
 # ----------------------------------------------------------------------------------------------------------------- chat templates
 
 def test_templates_that_ignore_tools_get_them_as_text(tokenizer):
-    import copy
     plain = copy.deepcopy(tokenizer)
     plain.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
     prompt, forced = rest.encode_prompt(plain, ROW["messages"], ROW["tools"], "Think first.")
@@ -312,8 +353,16 @@ def test_templates_that_ignore_tools_get_them_as_text(tokenizer):
         rest.encode_prompt(plain, ROW["messages"], ROW["tools"])
 
 
+def test_instructions_go_to_rows_with_tools_only(tokenizer):
+    """A prompt that lists its own tools also says how to call them; in front of a system text."""
+    def prompt(messages, tools):
+        return tokenizer.decode(rest.encode_prompt(tokenizer, messages, tools, "Think first.")[0])
+    assert "Think first." not in prompt(ROW["messages"], [])
+    brief = [{"role": "system", "content": "Be brief."}, *ROW["messages"]]
+    assert "system\nThink first.\n\nBe brief.<|im_end|>" in prompt(brief, ROW["tools"])
+
+
 def test_a_thought_opened_by_the_template_is_forced_not_prompt(tokenizer):
-    import copy
     opened = copy.deepcopy(tokenizer)
     opened.chat_template = tokenizer.chat_template.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
     prompt, forced = rest.encode_prompt(opened, ROW["messages"], ROW["tools"])
@@ -324,7 +373,6 @@ def test_a_thought_opened_by_the_template_is_forced_not_prompt(tokenizer):
 
 def test_the_templates_own_end_token_is_not_repeated(tokenizer):
     """Where the turn ends with another token than the tokenizer's end token (Gemma: <end_of_turn>), that one was sampled already."""
-    import copy
     other = copy.deepcopy(tokenizer)
     other.eos_token = "<|im_start|>"
     end = tokenizer.eos_token_id
@@ -333,7 +381,6 @@ def test_the_templates_own_end_token_is_not_repeated(tokenizer):
 
 
 def test_a_template_that_refuses_a_role_is_named(tokenizer):
-    import copy
     strict = copy.deepcopy(tokenizer)
     strict.chat_template = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ m.content }}{% endfor %}"
     with pytest.raises(ValueError, match="refuses the roles system, user: no system"):

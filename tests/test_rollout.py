@@ -1,25 +1,27 @@
 """Rollouts: what is sampled, what is forced, what is recorded; with scripted and uniform fakes, and shared against plain decoding."""
 
+import copy
 import math
 import os
 import shutil
+import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CALL, ROW, ScriptedModel, llama, qwen3, scripted
+from conftest import (CALL, ROW, ScriptedModel, adder, llama, opened_template, qwen3, scripted,
+                      scripted_turns)
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import rest
+from rest import TAG, TEXT, THOUGHT
 from toy_tools import shared_prefix
+from toy_tools.tasks import completion_text
 
 ANSWER = "<think>done</think><response>3</response>"
 LONG = {**ROW, "messages": [{"role": "user", "content": "please add the numbers 1 and 2 for me, would you?"}]}
-
-
-class Box:
-    """The live environment of ROW."""
-    functions = {"add": lambda a, b: a + b}
 
 
 def config(**kwargs):
@@ -70,28 +72,15 @@ def test_sampling_follows_the_distribution_at_the_temperature(tokenizer):
     assert torch.allclose(out.entropy, -(p * p.log()).sum(), atol=1e-6)
 
 
-def two_turns(tokenizer, first, second):
-    """A fake that writes `first`, and `second` once it has been fed another assistant header."""
-    ids = {k: tokenizer(t, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for k, t in enumerate((first, second))}
-    header = tokenizer("assistant\n", add_special_tokens=False)["input_ids"]
-    state = {}
-
-    def script(row, t, last):
-        seen, turn, pos = state.get(row, ([], 0, 0)) if t else ([], 0, 0)
-        seen = seen + [last]
-        if seen[-len(header):] == header and t:
-            turn, pos = turn + 1, 0
-        wanted = ids[min(turn, 1)]
-        logits = torch.zeros(len(tokenizer))
-        logits[wanted[min(pos, len(wanted) - 1)]] = 30.0
-        state[row] = (seen, turn, pos + 1)
-        return logits
-    return ScriptedModel(script, len(tokenizer))
+def test_a_uniform_of_zero_picks_no_impossible_word():
+    """The first word of positive probability, not the first word."""
+    ids, logp, _ = rest.sample(torch.tensor([[-math.inf, 0.0, 0.0]]), torch.zeros(1), 1.0)
+    assert ids.tolist() == [1] and logp.isfinite().all()
 
 
 def test_live_episodes_execute_calls_and_feed_results_as_forced_tokens(tokenizer):
     """Pitfalls 2 and 3: the tool's tokens are in the episode and not in the mask; what was sampled stands there verbatim."""
-    out = rest.rollout(two_turns(tokenizer, CALL, ANSWER), tokenizer, [ROW], config(max_turns=3, max_completion_tokens=300), toolbox_for=lambda row: Box)
+    out = rest.rollout(scripted_turns(tokenizer, [[CALL, ANSWER]] * 2), tokenizer, [ROW], config(max_turns=3, max_completion_tokens=300), toolbox_for=adder)
     assert out.texts == [[CALL, ANSWER]] * 2 and not out.truncated.any()
     n, ids = int(out.length[0]), out.tokens[0].tolist()
     assert tokenizer.decode(ids[:n]) == CALL + "<|im_end|>\n<|im_start|>tool\n3<|im_end|>\n<|im_start|>assistant\n" + ANSWER + "<|im_end|>"
@@ -108,31 +97,108 @@ def test_live_episodes_execute_calls_and_feed_results_as_forced_tokens(tokenizer
 
 def test_a_budget_that_ends_within_a_tools_answer_leaves_no_empty_turn(tokenizer):
     n = len(tokenizer(CALL, add_special_tokens=False)["input_ids"]) + 1
-    out = rest.rollout(two_turns(tokenizer, CALL, ANSWER), tokenizer, [ROW], config(max_turns=3, max_completion_tokens=n + 5), toolbox_for=lambda row: Box)
+    out = rest.rollout(scripted_turns(tokenizer, [[CALL, ANSWER]] * 2), tokenizer, [ROW], config(max_turns=3, max_completion_tokens=n + 5), toolbox_for=adder)
     assert out.truncated.all() and out.texts == [[CALL]] * 2 and out.turns == [[(0, n)]] * 2 and int(out.sampled[0].sum()) == n
 
 
-def test_the_logged_format_weight_counts_tags_and_json_scaffold(tokenizer):
-    """It once was the mean over tags alone; with the authors' constants the scaffold weighs 0."""
-    model = scripted(tokenizer, [CALL, CALL])
-    cfg = config(method="rest-official", prompts=1, max_completion_tokens=130)
-    metrics, _, region, weight = rest.train_step(model, tokenizer, torch.optim.SGD(model.parameters(), lr=0.1), [ROW], cfg, step=0)
-    both = weight[(region == rest.TAG) | (region == rest.SCAFFOLD)].mean()
-    assert metrics["w_format"] == pytest.approx(float(both)) and both < 0.9 * weight[region == rest.TAG].mean()
+def schema(name):
+    return {"type": "function", "function": {"name": name, "description": name, "parameters": {
+        "type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}}}
+
+
+def turn(*calls, response=None):
+    return completion_text([{"name": n, "arguments": {"a": a}} for n, a in calls], "t", response)
+
+
+def test_every_live_episode_has_its_own_box_tools_answers_and_turns(tokenizer):
+    """Two rows with other tools, two completions each, two calls a turn, a forced opening of the
+    thought in both turns; all of different lengths. Each box is asked by its own episode, in the
+    order of the calls, and its answers stand in that episode."""
+    made = []
+
+    class Box:
+        def __init__(self, row):
+            self.number, self.count = len(made), 0
+            made.append(self)
+            self.functions = {name: self.act for name in ("f", "g")}
+
+        def act(self, a):
+            self.count += 1
+            return f"box {self.number} call {self.count} a {a}"
+    rows = [{**ROW, "tools": [schema(name)], "gold": [[], []]} for name in ("f", "g")]
+    first = [turn(("f", 1), ("f", 2)), turn(response="x"),
+             turn(("g", 30), ("g", 4)), turn(("g", 500), ("g", 6))]
+    texts = [[text, turn(response="y" * (1 + 5 * i))] for i, text in enumerate(first)]
+    opened = opened_template(tokenizer)
+    out = rest.rollout(scripted_turns(opened, texts), opened, rows,
+                       config(max_turns=3, max_completion_tokens=420), toolbox_for=Box)
+    assert [box.count for box in made] == [2, 0, 2, 2]
+    assert out.texts[1] == [first[1]] and len(set(out.length.tolist())) == 4
+    for i, arguments in ((0, (1, 2)), (2, (30, 4)), (3, (500, 6))):
+        assert out.texts[i] == texts[i]
+        (_, b), (c, _) = out.turns[i]
+        answers = [f"box {i} call {k + 1} a {x}" for k, x in enumerate(arguments)]
+        assert opened.decode(out.tokens[i, b:c]) == (
+            "\n" + "".join(f"<|im_start|>tool\n{x}<|im_end|>\n" for x in answers)
+            + "<|im_start|>assistant\n")
+        # the opened thought belongs to the turn and is no decision
+        assert not out.sampled[i, c] and out.sampled[i, c + 1]
+
+
+def test_a_turn_that_is_cut_after_a_tools_answer_is_scored_as_it_stands(tokenizer):
+    """The budget ends three tokens into the second turn: that turn has its columns, its text and
+    its regions, and its last token, which is no end of turn, is a thought."""
+    def play(budget):
+        return rest.rollout(scripted_turns(tokenizer, [[CALL, ANSWER]] * 2), tokenizer, [ROW],
+                            config(max_turns=3, max_completion_tokens=budget), toolbox_for=adder)
+    first, second = play(300).turns[0]
+    n = second[0] + 3
+    out = play(n)
+    assert out.texts[0] == [CALL, "<think>do"] and out.turns[0] == [first, (n - 3, n)]
+    region, _ = rest.token_regions(tokenizer, out, {tokenizer.eos_token_id})
+    assert region[0, n - 3:].tolist() == [TAG, THOUGHT, THOUGHT]
+
+
+def test_the_last_token_of_a_cut_turn_is_no_end_of_turn(tokenizer):
+    """Beside it a turn that has ended, whose last token is one."""
+    out = rest.rollout(scripted(tokenizer, ["<think>abc", "a"]), tokenizer, [ROW],
+                       config(max_completion_tokens=3))
+    region, touched = rest.token_regions(tokenizer, out, {tokenizer.eos_token_id})
+    assert region.tolist() == [[TAG, THOUGHT, THOUGHT], [TEXT, TAG, -1]]
+    assert touched[0, 2] == 1 << THOUGHT and touched[1, 1] == 1 << TAG
+
+
+def test_the_tool_limit_is_the_configured_one(tokenizer):
+    """A tool that sleeps half a second, under a limit below and one above."""
+    box = SimpleNamespace(functions={"add": lambda a, b: time.sleep(0.5)})
+    for limit, word in ((0.05, "too long"), (30.0, "null")):
+        out = rest.rollout(scripted_turns(tokenizer, [[CALL, "x"]] * 2), tokenizer, [ROW],
+                           config(max_turns=2, max_completion_tokens=300, tool_timeout=limit),
+                           toolbox_for=lambda row: box)
+        assert word in tokenizer.decode(out.tokens[0])
+
+
+def test_all_end_ids_end_a_turn(tokenizer):
+    """The tokenizer's and those of the model's generation config, one or a list."""
+    model = scripted(tokenizer, ["ab<|im_start|>", "ab"])
+    start = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    for more in (start, [start]):
+        model.generation_config = SimpleNamespace(eos_token_id=more)
+        out = rest.rollout(model, tokenizer, [ROW], config(max_completion_tokens=20))
+        assert out.length.tolist() == [3, 3] and out.texts == [["ab"], ["ab"]]
 
 
 def test_max_turns_ends_an_episode_that_never_stops_calling(tokenizer):
-    out = rest.rollout(two_turns(tokenizer, CALL, CALL), tokenizer, [ROW], config(max_turns=2, max_completion_tokens=400), toolbox_for=lambda row: Box)
+    out = rest.rollout(scripted_turns(tokenizer, [[CALL, CALL]] * 2), tokenizer, [ROW], config(max_turns=2, max_completion_tokens=400), toolbox_for=adder)
     assert out.texts[0] == [CALL, CALL] and not out.truncated.any()
 
 
 def test_without_a_toolbox_calls_are_not_executed(tokenizer):
-    out = rest.rollout(two_turns(tokenizer, CALL, ANSWER), tokenizer, [ROW], config(max_completion_tokens=300))
+    out = rest.rollout(scripted_turns(tokenizer, [[CALL, ANSWER]] * 2), tokenizer, [ROW], config(max_completion_tokens=300))
     assert out.texts[0] == [CALL]
 
 
 def test_a_forced_thought_opening_is_no_decision_of_the_policy(tokenizer):
-    import copy
     opened = copy.deepcopy(tokenizer)
     opened.chat_template = tokenizer.chat_template.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
     forced = tokenizer("<think>\n", add_special_tokens=False)["input_ids"]
@@ -338,12 +404,13 @@ def test_greedy_takes_the_most_likely_token(tokenizer):
 def test_two_forwards_are_close_also_where_words_are_ruled_out():
     close = shared_prefix.close
     a = torch.tensor([1.0, -math.inf, 3.0])
-    assert close(a, a + 1e-5) and not close(a, a + 1e-2) and not close(a, torch.tensor([1.0, 2.0, 3.0]))
+    assert close(a, a + 1e-5) and not close(a, a + 1e-2)
+    for finite in (0.0, 2.0):
+        assert not close(a, torch.tensor([1.0, finite, 3.0]))
 
 
 @pytest.mark.parametrize("kind", ["sliding window", "keys wider than values"])
 def test_models_that_cannot_share_take_the_plain_path(tokenizer, kind):
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, Qwen3Config, Qwen3ForCausalLM
     shape = {"vocab_size": 265, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     if kind == "sliding window":
         model = Qwen3ForCausalLM(Qwen3Config(**shape, num_key_value_heads=2, head_dim=8, use_sliding_window=True, sliding_window=4, max_window_layers=0))
@@ -356,9 +423,21 @@ def test_models_that_cannot_share_take_the_plain_path(tokenizer, kind):
     assert torch.allclose(logp.flatten(0, 1)[out.sampled].detach(), out.logp[out.sampled], atol=1e-4)
 
 
-def test_evaluate_counts_per_category(tokenizer):
-    rows = [ROW, {**ROW, "category": "other", "gold": [[]]}, ROW]
-    table = rest.evaluate(scripted(tokenizer, [CALL, CALL, "x"]), tokenizer, rows, config(max_completion_tokens=130), greedy=True)
-    assert list(table) == ["other", "simple", "all"]
-    assert table["simple"]["n"] == 2 and table["simple"]["exact"] == 0.5 and table["other"]["exact"] == 0.0 and table["all"]["exact"] == pytest.approx(1 / 3)
-    assert table["other"]["correct"] is None and table["simple"]["correct"] == 0.5
+def test_a_long_sliding_window_is_not_shared():
+    """One that is longer than what the probe of two forwards could see."""
+    shape = {"vocab_size": 265, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    window = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}
+    assert not rest.can_share(Qwen3ForCausalLM(Qwen3Config(**shape, **window)))
+
+
+def test_the_probe_compares_decoding_steps_too_and_keeps_the_mode(monkeypatch):
+    """A prefill that agrees is not enough; and a model in training mode is so afterwards."""
+    model = qwen3().train()
+    assert rest.can_share(model) and model.training
+    attend = shared_prefix.DecodeLayout.attend
+
+    def wrong(self, q, k, v, scale, layer):
+        return attend(self, q, k, v, scale * (1 if self.step is None else 2), layer)
+    monkeypatch.setattr(shared_prefix.DecodeLayout, "attend", wrong)
+    assert not rest.can_share(qwen3())

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from toy_tools import tasks
-from toy_tools.jsons import TYPES
+from toy_tools.schema import TYPES
 from toy_tools.tasks import CATEGORIES, REQUESTS, completion_text, decompose, from_dataset, make_rows, to_dataset, toolbox_for
 from toy_tools.tools import RATES, TOOLS, UNITS
 

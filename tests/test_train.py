@@ -10,44 +10,120 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CALL, ROW, byte_tokenizer, qwen3
+from conftest import CALL, ROW, by_text, byte_tokenizer, qwen3, write_rows
 
 import rest
 import train_small
-from toy_tools import policy, show, tasks
+from toy_tools import policy, tasks
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["--prompts", "2", "--group", "2", "--eval-rows", "5", "--eval-samples", "1", "--max-completion-tokens", "16", "--device", "cpu",
-         "--train-rows", "40", "--warm-start-steps", "2"]
+SMALL = ["--prompts", "4", "--group", "4", "--eval-rows", "5", "--eval-samples", "1",
+         "--max-completion-tokens", "12", "--device", "cpu", "--train-rows", "40",
+         "--warm-start-steps", "2", "--learning-rate", "1e-4"]
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cache")
+def start(tmp_path_factory):
+    """The embedded policy that every run with SMALL starts from. Two supervised steps teach nothing,
+    so the cached policy is replaced by one that gets the format right about every second time:
+    from a random one every completion earns the same, and a run that moves no weight tests little."""
+    cache = tmp_path_factory.mktemp("cache")
     old = os.environ.get("REST_CACHE")
-    os.environ["REST_CACHE"] = str(folder)
+    os.environ["REST_CACHE"] = str(cache)
+    model, tokenizer = policy.tiny_policy(0, 2, progress=False)
+    empty = "<think>a</think><tool_call></tool_call>"
+    pairs = [(row, empty) for row in tasks.make_rows(40, "train", seed=1)]
+    policy.warm_start(model, tokenizer, pairs, 12, 4, 1e-3, progress=False)
+    folder, = cache.iterdir()
+    model.save_pretrained(folder)
     yield folder
     os.environ.pop("REST_CACHE") if old is None else os.environ.update(REST_CACHE=old)
+
+
+@pytest.fixture(scope="module")
+def dialogue(tmp_path_factory):
+    """(row, folder): one dialogue of two calls and an answer, and a small policy that has learnt it,
+    but not quite: its episodes differ, most of their calls can run."""
+    row, = tasks.make_rows(1, "train", seed=3, categories=["multi_turn"])
+    steps = tasks.decompose(row)
+    texts = [tasks.completion_text(step["gold"][0], **step["demo"][0]) for step in steps]
+    tokenizer = policy.build_tokenizer(texts * 50 + [json.dumps(row["tools"])], vocab_size=460)
+    model = qwen3(len(tokenizer), layers=1)
+    policy.warm_start(model, tokenizer, list(zip(steps, texts)), 60, 3, 1e-2, progress=False)
+    folder = tmp_path_factory.mktemp("dialogue")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return row, folder
+
+
+def run(tmp_path, *args):
+    train_small.main([*SMALL, "--output-dir", str(tmp_path), *args])
+
+
+def weights(folder):
+    return torch.cat([p.flatten() for p in policy.load_model(folder)[0].parameters()])
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def learnt(folder, start):
+    """Whether every step of the run had a gradient and was taken, and the policy has moved."""
+    rows = metrics(folder)
+    taken = all(row["grad_norm"] > 0 and row["skipped_updates"] == 0 for row in rows)
+    return bool(rows) and taken and not torch.equal(weights(folder), weights(start))
 
 
 def command(*args):
     return subprocess.run([sys.executable, "train_small.py", *args], cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-def test_the_command_trains_logs_saves_and_shows(cache, tmp_path):
+def test_the_command_trains_logs_saves_and_shows(start, tmp_path):
+    """As a reader runs it: a folder with everything in it, a table, an episode, and no warning."""
     done = command("--steps", "3", "--output-dir", str(tmp_path), *SMALL)
     assert done.returncode == 0, done.stderr[-2000:]
     folder = tmp_path / "rest-seed0"
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    table = list(csv.DictReader(open(folder / "metrics.csv")))
-    assert [r["step"] for r in rows] == [0, 1, 2] == [int(r["step"]) for r in table] and set(rows[0]) == set(table[0])
+    rows, table = metrics(folder), list(csv.DictReader(open(folder / "metrics.csv")))
+    assert [r["step"] for r in rows] == [0, 1, 2] == [int(r["step"]) for r in table]
+    for row, line in zip(rows, table):
+        assert {key: float(value) for key, value in line.items()} == row
+    assert learnt(folder, start)
     assert json.loads((folder / "config.json").read_text())["config"]["method"] == "rest"
     assert set(json.loads((folder / "after.json").read_text())) == {*tasks.CATEGORIES, "all"}
     model, tokenizer = policy.load_model(folder / "checkpoint")
     assert tokenizer.chat_template == policy.CHAT_TEMPLATE and model.config.vocab_size == len(tokenizer)
     for word in ("category", "simple", "[thought", "nats", "Time of the RL steps: rollout"):
-        assert word in done.stdout or word == "[thought", (word, done.stdout)
-    assert "rest:" in done.stderr and "reward" in done.stderr and "Warning" not in done.stderr  # the progress bar, and nothing but it
+        assert word in done.stdout, (word, done.stdout)
+    # the progress bar, and nothing but it
+    assert "rest:" in done.stderr and "reward" in done.stderr and "Warning" not in done.stderr
+    seconds = json.loads((folder / "time.json").read_text())
+    parts = [seconds[name] for name in ("rollout", "reward", "update", "other")]
+    assert min(parts) > 0 and sum(parts) == pytest.approx(seconds["steps"])
+    assert seconds["run"] > seconds["start"] + seconds["steps"]
+
+
+def test_the_printed_table_is_before_and_after(start, tmp_path, capsys):
+    """Every line is that of before.json beside that of after.json; and what stands there as "after"
+    is what the saved policy scores when it is loaded and evaluated, as "before" is the start's."""
+    more = ["--eval-rows", "10", "--eval-samples", "2"]
+    run(tmp_path, "--name", "a", "--steps", "3", "--learning-rate", "3e-3", *more)
+    assert learnt(tmp_path / "a", start)
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    before, after = (json.loads((tmp_path / f"a/{when}.json").read_text())
+                     for when in ("before", "after"))
+    assert before != after
+    for key, old in before.items():
+        new = after[key]
+        assert [key, str(old["n"]), f"{old['exact']:.3f}", "->", f"{new['exact']:.3f}",
+                f"{new['exact'] - old['exact']:+.3f}", f"{new['format']:.3f}",
+                f"{new['tokens']:.1f}"] in printed
+    for folder, table in ((tmp_path / "a", after), (start, before)):
+        run(tmp_path, "--eval-only", "--model", str(folder), *more)
+        printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+        for key, row in table.items():
+            assert [key, str(row["n"]), f"{row['exact']:.3f}", f"{row['format']:.3f}",
+                    f"{row['tokens']:.1f}"] in printed
 
 
 def test_help_names_every_knob():
@@ -65,7 +141,7 @@ def test_help_names_every_knob():
     (["--eval-only", "--benchmarks", "nope"], "unknown benchmark"), (["--eval-only", "--compare", "nope"], "no such file"),
     (["--dtype", "bfloat16"], "for a --model"), (["--eval-rows", "-1"], "eval_rows"), (["--learning-rate", "0"], "learning_rate"),
     (["--weight-min", "9"], "weight_max"), (["--max-turns", "2", "--data", "x.jsonl"], "--max-turns")])
-def test_wrong_input_gets_one_sentence(cache, tmp_path, capsys, monkeypatch, args, words):
+def test_wrong_input_gets_one_sentence(start, tmp_path, capsys, monkeypatch, args, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         train_small.main([*SMALL, "--output-dir", str(tmp_path), *args])
@@ -73,18 +149,17 @@ def test_wrong_input_gets_one_sentence(cache, tmp_path, capsys, monkeypatch, arg
     assert words in message and "Traceback" not in message
 
 
-def run(tmp_path, *args):
-    train_small.main([*SMALL, "--output-dir", str(tmp_path), *args])
-
-
-def weights(folder):
-    return torch.cat([p.flatten() for p in policy.load_model(folder / "checkpoint")[0].parameters()])
-
-
-def test_a_resumed_run_equals_the_uninterrupted_one(cache, tmp_path, monkeypatch):
-    """Pitfall 13. Interrupted by Ctrl-C within the third of 5 steps, then resumed: the same metrics line by line and the same final weights, bit for bit.
-    The progress-dependent parts (learning rate, curriculum, reward scaling, data order, sampling seeds) all have to continue."""
-    run(tmp_path, "--name", "whole", "--steps", "5")
+def test_a_resumed_run_equals_the_uninterrupted_one(start, tmp_path, monkeypatch):
+    """Pitfall 13. Interrupted by Ctrl-C within the third of 5 steps, then resumed: the same metrics
+    line by line and the same final weights, bit for bit. Learning rate, curriculum, reward scaling,
+    data order, sampling seeds and the optimiser's state all have to continue, and every step moves
+    the weights. Options that would make another run of it are refused; the start is not measured
+    again; Ctrl-C means afterwards what it meant before."""
+    monkeypatch.setattr(rest, "score_texts", by_text)
+    options = ["--steps", "5", "--weight-decay", "0.1"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(tmp_path, "--name", "whole", *options)
+    assert learnt(whole, start)
     step = rest.train_step
 
     def interrupted(*args, **kwargs):
@@ -93,18 +168,30 @@ def test_a_resumed_run_equals_the_uninterrupted_one(cache, tmp_path, monkeypatch
         return step(*args, **kwargs)
     monkeypatch.setattr(rest, "train_step", interrupted)
     with pytest.raises(SystemExit, match="interrupted after 3 steps; saved"):
-        run(tmp_path, "--name", "parts", "--steps", "5")
+        run(tmp_path, "--name", "parts", *options)
     monkeypatch.setattr(rest, "train_step", step)
-    with pytest.raises(SystemExit, match="learning_rate"):
-        run(tmp_path, "--name", "parts", "--steps", "5", "--resume", "--learning-rate", "0.1")
-    run(tmp_path, "--name", "parts", "--steps", "5", "--resume")
-    assert (tmp_path / "whole/metrics.jsonl").read_text() == (tmp_path / "parts/metrics.jsonl").read_text()
-    assert torch.equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
-    assert (tmp_path / "whole/after.json").read_text() == (tmp_path / "parts/after.json").read_text()
+    for name, value in (("data", "x.jsonl"), ("eval-samples", "2"), ("learning-rate", "0.1"),
+                        ("weight-decay", "0.2"), ("eval-rows", "6"), ("train-rows", "50")):
+        with pytest.raises(SystemExit, match=name.replace("-", "_")):
+            run(tmp_path, "--name", "parts", *options, "--resume", f"--{name}", value)
+    measured, evaluate = [], rest.evaluate
+    monkeypatch.setattr(rest, "evaluate", lambda *a, **k: measured.append(1) or evaluate(*a, **k))
+    run(tmp_path, "--name", "parts", *options, "--resume")
+    assert len(measured) == 1
+    for name in ("metrics.jsonl", "metrics.csv", "before.json", "after.json"):
+        assert (whole / name).read_text() == (parts / name).read_text()
+    assert torch.equal(weights(whole), weights(parts))
+    run(tmp_path, "--name", "undecayed", "--steps", "5")
+    assert not torch.equal(weights(whole), weights(tmp_path / "undecayed"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_crash_between_checkpoints_loses_only_what_is_redone(cache, tmp_path, monkeypatch):
+def test_a_crash_between_checkpoints_loses_only_what_is_redone(start, tmp_path, monkeypatch):
+    """Killed in step 3 with a checkpoint after step 1, and within a line of the log: resumed, the
+    run is the uninterrupted one, in which every step moved the weights."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(tmp_path, "--name", "whole", "--steps", "5")
+    assert learnt(whole, start)
     step = rest.train_step
 
     def crash(*args, **kwargs):
@@ -114,19 +201,43 @@ def test_a_crash_between_checkpoints_loses_only_what_is_redone(cache, tmp_path, 
     monkeypatch.setattr(rest, "train_step", crash)
     with pytest.raises(RuntimeError):
         run(tmp_path, "--name", "parts", "--steps", "5", "--save-steps", "2")
-    assert len((tmp_path / "parts/metrics.jsonl").read_text().splitlines()) == 3  # nothing lost: step 2 is logged though not checkpointed
+    assert len(metrics(parts)) == 3  # nothing lost: step 2 is logged though not checkpointed
     monkeypatch.setattr(rest, "train_step", step)
-    with open(tmp_path / "parts/metrics.jsonl", "a") as file:
-        file.write('{"step": 3, "rew')  # and killed within a line
+    with open(parts / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "rew')
     run(tmp_path, "--name", "parts", "--steps", "5", "--save-steps", "2", "--resume")
-    assert (tmp_path / "whole/metrics.jsonl").read_text() == (tmp_path / "parts/metrics.jsonl").read_text()
-    assert torch.equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
-    (tmp_path / "parts/checkpoint").rename(tmp_path / "parts/checkpoint.old")  # killed between the two moves of a save
+    assert metrics(whole) == metrics(parts)
+    assert torch.equal(weights(whole), weights(parts))
+    (parts / "checkpoint").rename(parts / "checkpoint.old")  # killed between the two moves of a save
     run(tmp_path, "--name", "parts", "--steps", "5", "--save-steps", "2", "--resume")
-    assert torch.equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    assert torch.equal(weights(whole), weights(parts))
 
 
-def test_a_bug_within_a_step_shows_where_it_is(cache, tmp_path, monkeypatch):
+def test_leftovers_of_a_killed_save_do_no_harm(start, tmp_path):
+    """Neither an unfinished nor an old checkpoint gets into the next one."""
+    run(tmp_path, "--name", "a", "--steps", "1")
+    folder = tmp_path / "a"
+    assert learnt(folder, start)
+    for name in ("checkpoint.part", "checkpoint.old"):
+        (folder / name).mkdir()
+        (folder / name / "junk").write_text("x")
+    model, tokenizer = policy.load_model(folder / "checkpoint")
+    train_small.save(folder, model, tokenizer, torch.optim.AdamW(model.parameters()), 1)
+    assert not (folder / "checkpoint/junk").exists() and not (folder / "checkpoint.old").exists()
+
+
+def test_rows_of_a_step():
+    """A function of seed and step; nothing twice within an epoch, another order in the next."""
+    rows, cfg = list(range(20)), rest.Config(prompts=6, seed=3)
+    epoch = [train_small.batch_rows(rows, cfg, step) for step in range(3)]
+    assert [len(batch) for batch in epoch] == [6] * 3
+    assert len({row for batch in epoch for row in batch}) == 18
+    assert [train_small.batch_rows(rows, cfg, step) for step in range(3)] == epoch
+    assert [train_small.batch_rows(rows, cfg, step) for step in range(3, 6)] != epoch
+    assert train_small.batch_rows(rows, rest.Config(prompts=6, seed=4), 0) != epoch[0]
+
+
+def test_a_bug_within_a_step_shows_where_it_is(start, tmp_path, monkeypatch):
     def wrong(*args, **kwargs):
         raise ValueError("a bug")
     monkeypatch.setattr(rest, "train_step", wrong)
@@ -137,38 +248,125 @@ def test_a_bug_within_a_step_shows_where_it_is(cache, tmp_path, monkeypatch):
         run(tmp_path, "--name", "bug", "--steps", "2")
 
 
-def test_finished_runs_are_not_written_over(cache, tmp_path):
-    run(tmp_path, "--steps", "1")
-    run(tmp_path, "--steps", "1")
-    assert (tmp_path / "rest-seed0-2" / "metrics.csv").exists()
+def test_finished_runs_are_not_written_over(start, tmp_path):
+    """Without a name the second run is numbered; with one it is refused."""
+    for name in ("rest-seed0", "rest-seed0-2"):
+        run(tmp_path, "--steps", "1")
+        assert learnt(tmp_path / name, start)
+    assert metrics(tmp_path / "rest-seed0") == metrics(tmp_path / "rest-seed0-2")
     run(tmp_path, "--steps", "1", "--name", "mine")
     with pytest.raises(SystemExit, match="exists"):
         run(tmp_path, "--steps", "1", "--name", "mine")
 
 
-def test_a_model_from_a_folder_trains_on_data_from_a_file(tmp_path, monkeypatch):
-    """--model DIR --data FILE.jsonl with a supervised warm start on the same rows; an architecture without the embedded policy's template."""
+def chat_model(folder):
+    """A random model and a tokenizer without the embedded policy's template: it has to be told what
+    to do, as every real model."""
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
-    qwen3().save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    row = {k: ROW[k] for k in ("messages", "tools", "gold")}
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps({**row, "demo": [{"think": "t", "response": None}]}) + "\n" for _ in range(6)))
-    more = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "data.jsonl"), "--steps", "2", "--name", "other", "--eval-data", str(tmp_path / "data.jsonl"),
-            "--learning-rate", "1e-4"]
+    tokenizer.chat_template = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+                               "<|im_end|>\n{% endfor %}<|im_start|>assistant\n")
+    qwen3().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def demonstrations(path, n):
+    row = {key: ROW[key] for key in ("messages", "tools", "gold")}
+    return write_rows(path, [{**row, "demo": [{"think": f"t{i}", "response": None}]} for i in range(n)])
+
+
+def test_a_model_from_a_folder_trains_on_data_from_a_file(tmp_path, monkeypatch):
+    """--model DIR --data FILE.jsonl with a supervised warm start on the same rows. A crash in the
+    first step does not lose the supervised steps, and both kinds of step move the weights."""
+    monkeypatch.setattr(rest, "score_texts", by_text)
+    model, data = chat_model(tmp_path / "model"), demonstrations(tmp_path / "data.jsonl", 6)
+    more = ["--model", str(model), "--data", str(data), "--eval-data", str(data), "--steps", "2",
+            "--name", "other"]
     with pytest.raises(SystemExit, match="would wreck a pretrained model"):
-        run(tmp_path, *more[:-2])
+        run(tmp_path, *more, "--learning-rate", str(rest.Config.learning_rate))
     with monkeypatch.context() as patch:
-        patch.setattr(rest, "train_step", lambda *_: 1 / 0)  # a crash in the first step does not lose the supervised steps
+        patch.setattr(rest, "train_step", lambda *_: 1 / 0)
         with pytest.raises(RuntimeError, match="step 0 failed"):
             run(tmp_path, *more)
+    warm = weights(tmp_path / "other")
+    assert not torch.equal(warm, weights(model))
     run(tmp_path, *more, "--resume")
-    assert json.loads((tmp_path / "other/after.json").read_text())["all"]["n"] == 5  # --eval-rows 5 of the 6 rows
-    before = torch.cat([p.flatten() for p in policy.load_model(tmp_path / "model")[0].parameters()])
-    assert not torch.equal(before, weights(tmp_path / "other"))
+    assert json.loads((tmp_path / "other/after.json").read_text())["all"]["n"] == 5  # of the 6 rows
+    assert learnt(tmp_path / "other", model) and not torch.equal(warm, weights(tmp_path / "other"))
 
 
-def test_running_out_of_memory_says_what_to_lower(cache, tmp_path, monkeypatch):
+def test_what_a_real_model_is_told(tmp_path, monkeypatch):
+    """The same instructions in the warm start, in training and in evaluation; and one's own
+    demonstrations are imitated as they are, whatever --noise says of the toy ones."""
+    model, data = chat_model(tmp_path / "model"), demonstrations(tmp_path / "data.jsonl", 12)
+    seen, step, evaluate = {}, rest.train_step, rest.evaluate
+
+    def warm_start(model, tokenizer, pairs, *args, **kwargs):
+        seen.update(pairs=pairs, warm=kwargs["instructions"])
+    monkeypatch.setattr(rest, "score_texts", by_text)
+    monkeypatch.setattr(policy, "warm_start", warm_start)
+    monkeypatch.setattr(rest, "train_step", lambda *a: seen.update(train=a[7]) or step(*a))
+    monkeypatch.setattr(rest, "evaluate", lambda *a, **k: seen.update(eval=k["instructions"])
+                        or evaluate(*a, **k))
+    run(tmp_path, "--model", str(model), "--data", str(data), "--eval-data", str(data),
+        "--steps", "1", "--name", "m", "--noise", "0.9")
+    assert learnt(tmp_path / "m", model)
+    assert seen["warm"] == seen["train"] == seen["eval"] == train_small.INSTRUCTIONS
+    assert [text for _, text in seen["pairs"]] == [
+        tasks.completion_text(ROW["gold"][0], f"t{i}") for i in range(12)]
+
+
+def test_what_a_live_run_hands_on(start, tmp_path, monkeypatch):
+    """Boxes in training and in evaluation, whole dialogues, and held-out rows that are neither
+    trained on in this run nor belong to the training split."""
+    trained, held_out, boxes = [], [], []
+    step, evaluate = rest.train_step, rest.evaluate
+
+    def watch_step(*args, **kwargs):
+        trained.extend(args[3])
+        boxes.append(args[6])
+        return step(*args, **kwargs)
+
+    def watch_eval(model, tokenizer, rows, cfg, **kwargs):
+        held_out.extend(rows)
+        boxes.append(kwargs["toolbox_for"])
+        return evaluate(model, tokenizer, rows, cfg, **kwargs)
+    monkeypatch.setattr(rest, "train_step", watch_step)
+    monkeypatch.setattr(rest, "evaluate", watch_eval)
+    run(tmp_path, "--steps", "3", "--max-turns", "3", "--name", "live", "--prompts", "5")
+    assert learnt(tmp_path / "live", start)
+    assert len(boxes) == 5 and all(box is tasks.toolbox_for for box in boxes)
+    assert {len(row["gold"]) for row in held_out} == {1, 3} == {len(row["gold"]) for row in trained}
+
+    def requests(rows):
+        return {row["messages"][0]["content"] for row in rows}
+    assert not requests(held_out) & requests(trained)
+    assert not requests(held_out) & requests(tasks.make_rows(40, "train", seed=0))
+
+
+def test_benchmarks_are_greedy_limited_and_tied_to_the_weights(tmp_path, monkeypatch):
+    """One greedy completion a prompt, --limit of them; results of other weights are not mixed in."""
+    model = tmp_path / "m"
+    qwen3().save_pretrained(model)
+    byte_tokenizer().save_pretrained(model)
+    answers = [{"system": "s", "user": "u", "answer": {"name": "F", "parameters": {"a": str(i)}}}
+               for i in range(6)]
+    (tmp_path / "bank").mkdir()
+    (tmp_path / "bank" / "level-1-api_processed.json").write_text(json.dumps(answers))
+    seen, rollout = [], rest.rollout
+    monkeypatch.setattr(rest, "rollout", lambda *a, **k: seen.append(k) or rollout(*a, **k))
+    args = ["--model", str(model), "--eval-only", "--benchmarks", "api_bank_1", "--limit", "4",
+            "--api-bank-dir", str(tmp_path / "bank"), "--max-completion-tokens", "8",
+            "--name", "bench"]
+    run(tmp_path, *args)
+    assert seen and all(k["greedy"] and k["group"] == 1 for k in seen)
+    assert len((tmp_path / "bench/benchmarks.jsonl").read_text().splitlines()) == 1 + 4
+    qwen3(seed=1).save_pretrained(model)  # another policy in the same place
+    with pytest.raises(SystemExit, match=r"\(weights differ\)"):
+        run(tmp_path, *args)
+
+
+def test_running_out_of_memory_says_what_to_lower(start, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("12 GiB asked for")
     monkeypatch.setattr(rest, "train_step", full)
@@ -176,95 +374,52 @@ def test_running_out_of_memory_says_what_to_lower(cache, tmp_path, monkeypatch):
         run(tmp_path, "--steps", "2")
 
 
-def test_gradient_checkpointing_forwards_every_layer_again(tmp_path):
-    """It once did nothing: transformers checkpoints a layer only in training mode, and from_pretrained leaves the model in the other."""
-    tokenizer = byte_tokenizer()
-    qwen3().save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    cfg, calls = rest.Config(group=2, prompts=1, max_completion_tokens=8), {}
-    for on in (False, True):
-        model, _ = policy.load_model(tmp_path, gradient_checkpointing=on)
-        policy.warm_start(model, tokenizer, [(ROW, CALL)], 1, batch=1, progress=False)
-        batch = rest.rollout(model, tokenizer, [ROW], cfg)
-        seen = []
-        model.model.layers[0].input_layernorm.register_forward_hook(lambda *_: seen.append(1))
-        rest.update(model, torch.optim.SGD(model.parameters(), lr=0.1), batch, torch.tensor([1.0, -1.0]), torch.ones_like(batch.logp), cfg)
-        calls[on] = len(seen)
-    assert calls == {False: 1, True: 2}
-
-
-def test_zero_steps_make_a_start_that_several_runs_share(cache, tmp_path):
+def test_zero_steps_make_a_start_that_several_runs_share(start, tmp_path):
+    """--steps 0 leaves the warm start, and two methods begin from the same results, then move."""
     run(tmp_path, "--name", "start", "--steps", "0")
-    assert not (tmp_path / "start/after.json").exists() and not (tmp_path / "start/metrics.csv").exists()
+    assert not (tmp_path / "start/after.json").exists()
+    assert not (tmp_path / "start/metrics.csv").exists()
+    assert torch.equal(weights(tmp_path / "start"), weights(start))
+    before = (tmp_path / "start/before.json").read_text()
     for method in ("rest", "grpo"):
-        run(tmp_path, "--name", method, "--method", method, "--steps", "1", "--model", str(tmp_path / "start"), "--warm-start-steps", "0")
-        assert (tmp_path / method / "before.json").read_text() == (tmp_path / "start/before.json").read_text()
+        run(tmp_path, "--name", method, "--method", method, "--steps", "1",
+            "--model", str(tmp_path / "start"), "--warm-start-steps", "0")
+        assert (tmp_path / method / "before.json").read_text() == before
+        assert learnt(tmp_path / method, start)
 
 
-def test_methods_are_compared_over_seeds(tmp_path):
-    """Differences of 0.1 and 0.2 to the baseline: mean 0.15, half an interval of 12.71 * 0.0707 / sqrt(2) = 0.6355. A seed without baseline has no pair."""
-    for method, seed, after in (("grpo", 0, 0.5), ("grpo", 1, 0.6), ("rest", 0, 0.6), ("rest", 1, 0.8), ("rest", 2, 1.0), ("no-thought", 0, 0.4)):
-        folder = tmp_path / f"{method}-{seed}"
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps({"config": {"method": method, "seed": seed}}))
-        for when, exact in (("before", 0.25), ("after", after)):
-            (folder / f"{when}.json").write_text(json.dumps({"simple": {"n": 1, "exact": 1.0}, "all": {"n": 8, "exact": exact}}))
-    lines = show.seeds(sorted(tmp_path.iterdir()), tmp_path / "out.csv").splitlines()[2:]
-    assert lines == ["| grpo | 2 | 0.250 ± 0.000 | 0.550 ± 0.071 | – |", "| no-thought | 1 | 0.250 | 0.400 | – |",
-                     "| rest | 3 | 0.250 ± 0.000 | 0.800 ± 0.200 | +0.150 (-0.486 to +0.786) |"]
-    rows = list(csv.DictReader(open(tmp_path / "out.csv")))
-    assert len(rows) == 24 and rows[1] == {"method": "grpo", "seed": "0", "when": "before", "category": "all", "n": "8", "exact": "0.25"}
-
-
+@pytest.mark.parametrize("turns", [1, 3])
 @pytest.mark.parametrize("method", rest.METHODS)
-def test_every_method_takes_a_live_and_a_single_step(cache, tmp_path, method):
-    for turns in ("1", "3"):
-        run(tmp_path, "--steps", "1", "--method", method, "--name", f"{method}-{turns}", "--max-turns", turns, "--passes", "2")
-        row = json.loads((tmp_path / f"{method}-{turns}" / "metrics.jsonl").read_text())
-        assert row["skipped_updates"] == 0 and row["tokens"] > 0
+def test_every_method_takes_a_live_and_a_single_step(dialogue, tmp_path, monkeypatch, method, turns):
+    """Two passes on a dialogue that the policy knows nearly: tools run in every episode that calls
+    them and only in the live run, their answers are read, and the policy moves."""
+    row, folder = dialogue
+    monkeypatch.setattr(tasks, "make_rows", lambda n, *args, **kwargs: [row] * n)
+    made, seen, toolbox_for, step = [], {}, tasks.toolbox_for, rest.train_step
 
+    def counted(row):
+        box = toolbox_for(row)
+        box.ran = []
+        box.functions = {name: lambda f=f, **arguments: box.ran.append(1) or f(**arguments)
+                         for name, f in box.functions.items()}
+        made.append(box)
+        return box
 
-def test_the_warm_start_cache_key_covers_what_it_depends_on(cache):
-    before = set(cache.iterdir())
-    a, _ = policy.tiny_policy(seed=7, steps=1, progress=False)
-    first = set(cache.iterdir()) - before
-    b, _ = policy.tiny_policy(seed=7, steps=1, progress=False)
-    assert set(cache.iterdir()) - before == first and len(first) == 1
-    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
-    for change in ({"noise": 0.3}, {"steps": 2}, {"seed": 8}, {"mask_names": True}):
-        known = set(cache.iterdir())
-        policy.tiny_policy(**{"seed": 7, "steps": 1, "progress": False, **change})
-        assert len(set(cache.iterdir()) - known) == 1, change
-
-
-def test_the_loop_learns_a_bandit():
-    """The whole loop on a task that 30 steps can solve: a random policy of 265 byte tokens must end its turn at once. The chance of the end
-    token rises from about 1/265 by more than 50 times; with the sign of the advantage flipped it falls."""
-    def chance(sign):
-        tokenizer, model = byte_tokenizer(), qwen3(layers=1)
-        cfg = rest.Config(method="grpo", steps=30, prompts=2, group=32, max_completion_tokens=2, learning_rate=3e-2, warmup_steps=1)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, weight_decay=0.0)
-        for step in range(cfg.steps):
-            batch = rest.rollout(model, tokenizer, [ROW, ROW], cfg, seed=step)
-            rewards = (batch.tokens[:, 0] % 2 == 0).float().view(2, -1)  # the end token's id is 2: an even id is worth one point
-            advantages = sign * rest.group_advantages(rewards).flatten()
-            weight = rest.normalise_weights(torch.ones_like(batch.entropy), batch.sampled)
-            rest.update(model, optimizer, batch, advantages, weight, cfg)
-        with torch.no_grad():
-            p = model(torch.tensor([batch.prompts[0]])).logits[0, -1].softmax(-1)
-        return float(p[0::2].sum())
-    assert chance(+1) > 0.95 and chance(-1) < 0.05
-
-
-def test_demonstrations_are_imperfect_at_the_stated_rate():
-    """With noise 0 every demonstration earns the exact call; with 0.22 four in ten."""
-    import random
-    rows = [step for row in tasks.make_rows(300, "train", seed=5) for step in tasks.decompose(row)]
-    for noise, low, high in ((0.0, 1.0, 1.0), (0.22, 0.3, 0.5)):
-        rng = random.Random(0)
-        exact = sum(rest.score_texts([policy.noisy_demonstration(row, rng, noise)], row)[2] for row in rows) / len(rows)
-        assert low <= exact <= high
-    bare = {"tools": [], "gold": [ROW["gold"][0]], "demo": [{"think": "t", "response": None}]}  # rows of one's own need not list tools
-    assert policy.noisy_demonstration(bare, random.Random(0), 1.0)
-    assert CALL  # the hand-written example of the other tests has the same form
-    assert rest.score_texts([tasks.completion_text(ROW["gold"][0], "t")], ROW)[2]
+    def watch(*args):
+        made.clear()  # those of the rows' own histories
+        result = step(*args)
+        seen.update(batch=result[1])
+        return result
+    monkeypatch.setattr(tasks, "toolbox_for", counted)
+    monkeypatch.setattr(rest, "train_step", watch)
+    run(tmp_path, "--steps", "1", "--method", method, "--name", "run", "--max-turns", str(turns),
+        "--passes", "2", "--model", str(folder), "--learning-rate", "1e-3", "--eval-rows", "0",
+        "--max-completion-tokens", "160", "--warm-start-steps", "0")
+    assert learnt(tmp_path / "run", folder)
+    batch, (logged,) = seen["batch"], metrics(tmp_path / "run")
+    assert len(batch.texts) == 16 and logged["tokens"] == float(batch.sampled.sum(1).float().mean())
+    assert sum(len(box.ran) for box in made) >= 4 if turns == 3 else not made
+    if turns == 3:
+        again = [i for i, box in enumerate(made) if box.ran and len(batch.turns[i]) > 1]
+        assert again and all(not batch.sampled[i].all() for i in again)
+        assert max(map(len, batch.turns)) == 3

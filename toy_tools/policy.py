@@ -101,7 +101,8 @@ def copying(tokenizer, rng):
 def looking_up(tokenizer, rng, questions=12):
     """(ids, mask) of a lesson: a list of tools, then names of tools with what a thought would say of them, there or missing."""
     names = rng.sample(list(tools.TOOLS), rng.choice((1, 2, 3, 4)))
-    ids, _ = rest.encode_prompt(tokenizer, [{"role": "user", "content": ""}], [tools.TOOLS[name].schema() for name in names])
+    row = {"messages": [{"role": "user", "content": ""}], "tools": [tools.TOOLS[name].schema() for name in names]}
+    ids, _ = rest.Chat(tokenizer).prompt(row)
     mask = [False] * len(ids)
     for _ in range(questions):
         there = rng.random() < 0.5
@@ -183,13 +184,14 @@ def supervised(model, sequences, steps, learning_rate, micro_batch, what="warm s
 
 def warm_start(model, tokenizer, pairs, steps, batch=8, learning_rate=2e-4, seed=0, micro_batch=16, instructions="", progress=True):
     """Supervised steps on pairs (row, completion text): cross entropy on the completion and its end-of-turn token. Returns the losses."""
+    talk = chat.TemplateChat(tokenizer, instructions)
     rng = random.Random(seed)
     order = [i for _ in range(-(-steps * batch // len(pairs))) for i in rng.sample(range(len(pairs)), len(pairs))]
 
     def sequence(i):
         row, text = pairs[i]
-        prompt, forced = rest.encode_prompt(tokenizer, row["messages"], row["tools"], instructions)
-        target = tokenizer(text, add_special_tokens=False)["input_ids"][len(forced):] + [tokenizer.eos_token_id]
+        prompt, forced = talk.prompt(row)
+        target = talk.encode(text)[len(forced):] + [tokenizer.eos_token_id]
         return prompt + forced + target, [False] * len(prompt + forced) + [True] * len(target)
     return supervised(model, lambda step: [sequence(i) for i in order[step * batch:(step + 1) * batch]], steps, learning_rate, micro_batch,
                       progress=progress)

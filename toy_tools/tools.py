@@ -7,7 +7,8 @@ import math
 import zlib
 from dataclasses import dataclass
 
-from toy_tools.jsons import check
+import rest
+from toy_tools.schema import check
 
 
 # ------------------------------------------------------------------------------------------------------------------- calculator
@@ -227,7 +228,7 @@ class Tool:
     stateful: bool = False
 
     def schema(self):
-        """The schema chat templates and rest.validate read."""
+        """The schema that chat templates render and the toolbox checks."""
         return {"type": "function", "function": {"name": self.name, "description": self.description, "parameters": {
             "type": "object", "properties": copy.deepcopy(self.parameters), "required": list(self.parameters)}}}
 
@@ -266,8 +267,11 @@ class ToolBox:
         masks = {real: mask for mask, real in parameters.items()}
         properties = {masks.get(name, name): schema for name, schema in tool.parameters.items()}  # as the model sees them
 
-        def call(**arguments):  # safe to call without rest.validate in front
-            check(arguments, {"properties": properties, "required": list(properties)})
+        def call(**arguments):
+            try:
+                check(arguments, {"properties": properties, "required": list(properties)})
+            except ValueError as error:
+                raise rest.InvalidArguments(str(error)) from None
             for name, value in arguments.items():
                 if isinstance(value, str) and len(value) > 1000:
                     raise ValueError(f"{name} is longer than 1000 characters")

@@ -1,0 +1,171 @@
+"""The warm start and its data, the cache of the embedded policy, and models that are loaded."""
+
+import inspect
+import random
+
+import pytest
+import torch
+from conftest import CALL, ROW, byte_tokenizer, opened_template, qwen3
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import rest
+from toy_tools import chat, policy, tasks, tools
+
+
+# ------------------------------------------------------------------------------------- the warm start
+
+def numbered(n, text=CALL):
+    return [({**ROW, "messages": [{"role": "user", "content": str(i)}]}, text) for i in range(n)]
+
+
+def sequences_of(monkeypatch, tokenizer, pairs, steps, batch, **options):
+    """All (ids, mask) that warm_start hands to supervised, one list per step."""
+    seen = []
+
+    def supervised(model, sequences, steps, *args, **kwargs):
+        seen.extend(sequences(step) for step in range(steps))
+    monkeypatch.setattr(policy, "supervised", supervised)
+    policy.warm_start(None, tokenizer, pairs, steps, batch=batch, **options)
+    return seen
+
+
+def test_the_warm_start_trains_the_completion_and_its_end(monkeypatch, tokenizer):
+    """Nothing of the prompt, all of the completion, its end-of-turn token too; every row once before
+    any is seen twice; the instructions stand in the prompt."""
+    steps = sequences_of(monkeypatch, tokenizer, numbered(6), 6, 2, instructions="Think first.")
+    assert [len(step) for step in steps] == [2] * 6
+    for epoch in (steps[:3], steps[3:]):
+        assert len({tuple(ids) for step in epoch for ids, _ in step}) == 6
+    for ids, mask in (pair for step in steps for pair in step):
+        assert tokenizer.decode([x for x, m in zip(ids, mask) if m]) == CALL + "<|im_end|>"
+        first = mask.index(True)
+        assert all(mask[first:]) and len(ids) == len(mask)
+        prompt, _ = rest.encode_prompt(tokenizer, ROW["messages"], ROW["tools"], "Think first.")
+        assert "Think first." in tokenizer.decode(ids[:first]) and first == len(prompt) - 3  # "1+2?"
+
+
+def test_an_opened_thought_is_written_once_and_not_trained(monkeypatch, tokenizer):
+    """Where the template opens the thought, the completion goes on behind it."""
+    opened = opened_template(tokenizer)
+    (ids, mask), = sequences_of(monkeypatch, opened, [(ROW, CALL)], 1, 1)[0]
+    text = opened.decode(ids)
+    assert text.count("<think>") == 1 and text.endswith(CALL + "<|im_end|>")
+    trained = opened.decode([x for x, m in zip(ids, mask) if m])
+    assert "<think>" + trained == CALL + "<|im_end|>"
+
+
+def test_supervised_learns_the_next_token():
+    """Forty steps on one completion: greedy decoding writes it and ends its turn. With targets or
+    masks off by one it would not."""
+    tokenizer, model = byte_tokenizer(), qwen3(layers=1)
+    pairs = [(ROW, "<think>a</think>")] * 4
+    losses = policy.warm_start(model, tokenizer, pairs, 40, 2, 1e-2, progress=False)
+    cfg = rest.Config(group=2, max_completion_tokens=8)
+    out = rest.rollout(model, tokenizer, [ROW], cfg, group=1, greedy=True)
+    assert out.texts == [["<think>a</think>"]] and losses[-1] < losses[0]
+
+
+def test_micro_batches_do_not_change_the_warm_start():
+    """Sequences of very different lengths, six at once or one by one: the same losses."""
+    tokenizer, pairs = byte_tokenizer(), []
+    for i in range(6):
+        row = {**ROW, "messages": [{"role": "user", "content": "x" * (1 + 9 * i)}]}
+        pairs.append((row, "<think>" + "ab" * (1 + i * i) + "</think>"))
+    a, b = (policy.warm_start(qwen3(), tokenizer, pairs, 3, 6, 1e-2, micro_batch=n, progress=False)
+            for n in (6, 1))
+    assert a == pytest.approx(b, rel=1e-3)
+
+
+def test_demonstrations_are_imperfect_at_the_stated_rate():
+    """With noise 0 every demonstration earns the exact call; with 0.22 four in ten."""
+    rows = [step for row in tasks.make_rows(300, "train", seed=5) for step in tasks.decompose(row)]
+    for noise, low, high in ((0.0, 1.0, 1.0), (0.22, 0.3, 0.5)):
+        rng = random.Random(0)
+        exact = sum(rest.score_texts([policy.noisy_demonstration(row, rng, noise)], row)[2] for row in rows) / len(rows)
+        assert low <= exact <= high
+    bare = {"tools": [], "gold": [ROW["gold"][0]], "demo": [{"think": "t", "response": None}]}  # rows of one's own need not list tools
+    assert policy.noisy_demonstration(bare, random.Random(0), 1.0)
+    assert CALL  # the hand-written example of the other tests has the same form
+    assert rest.score_texts([tasks.completion_text(ROW["gold"][0], "t")], ROW)[2]
+
+
+# ------------------------------------------------------------------------- the embedded policy's cache
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache, and no training: what is cached is the untrained policy."""
+    monkeypatch.setenv("REST_CACHE", str(tmp_path))
+    monkeypatch.setattr(policy, "supervised", lambda *args, **kwargs: [])
+    return tmp_path
+
+
+def made(cache, **options):
+    """How many new entries a call of tiny_policy makes."""
+    known = set(cache.iterdir())
+    policy.tiny_policy(**{"seed": 7, "steps": 1, "progress": False, **options})
+    return len(set(cache.iterdir()) - known)
+
+
+def test_the_cache_key_covers_every_option(cache):
+    """The same options are read back, any other one is made anew."""
+    assert made(cache) == 1 and made(cache) == 0
+    for change in ({"noise": 0.3}, {"steps": 2}, {"seed": 8}, {"mask_names": True}, {"batch": 16},
+                   {"learning_rate": 1e-3}):
+        assert made(cache, **change) == 1, change
+
+
+@pytest.mark.parametrize("module", [tools, tasks, chat, policy], ids=lambda m: m.__name__)
+def test_the_cache_key_covers_the_sources(cache, monkeypatch, module):
+    """Who edits tools, tasks, prompts or the warm start gets a new policy, not the old one."""
+    assert made(cache) == 1
+    source = inspect.getsource
+    monkeypatch.setattr(inspect, "getsource",
+                        lambda m: source(m) + ("# edited\n" if m is module else ""))
+    assert made(cache) == 1 and made(cache) == 0
+
+
+def test_what_is_cached_is_what_was_made(cache):
+    """Weights, vocabulary and template come back as they were."""
+    (a, first), (b, second) = (policy.tiny_policy(seed=7, steps=1, progress=False) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
+    assert first.get_vocab() == second.get_vocab() and first.chat_template == second.chat_template
+    assert second.eos_token_id == first.eos_token_id == b.config.eos_token_id
+
+
+def test_the_embedded_policys_demonstrations_are_training_tasks(cache, monkeypatch):
+    """No request of the held-out split is among them, whatever its seed."""
+    seen = {}
+    monkeypatch.setattr(policy, "warm_start", lambda model, tok, pairs, *a, **k: seen.update(pairs=pairs))
+    made(cache)
+    held_out = {row["messages"][0]["content"] for row in tasks.make_rows(2000, "test", seed=1)}
+    assert len(seen["pairs"]) >= 2000
+    assert not held_out & {row["messages"][0]["content"] for row, _ in seen["pairs"]}
+
+
+# --------------------------------------------------------------------------------------- loaded models
+
+def test_dropout_is_off_in_a_loaded_model(tmp_path):
+    """It would make the importance ratio differ from 1."""
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=265, n_positions=64, n_embd=32, n_layer=1, n_head=4))
+    assert any(m.p > 0 for m in model.modules() if isinstance(m, torch.nn.Dropout))
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    model, _ = policy.load_model(tmp_path)
+    assert all(m.p == 0 for m in model.modules() if isinstance(m, torch.nn.Dropout))
+
+
+def test_gradient_checkpointing_forwards_every_layer_again(tmp_path):
+    """It once did nothing: transformers checkpoints a layer only in training mode, and from_pretrained leaves the model in the other."""
+    tokenizer = byte_tokenizer()
+    qwen3().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    cfg, calls = rest.Config(group=2, prompts=1, max_completion_tokens=8), {}
+    for on in (False, True):
+        model, _ = policy.load_model(tmp_path, gradient_checkpointing=on)
+        policy.warm_start(model, tokenizer, [(ROW, CALL)], 1, batch=1, progress=False)
+        batch = rest.rollout(model, tokenizer, [ROW], cfg)
+        seen = []
+        model.model.layers[0].input_layernorm.register_forward_hook(lambda *_: seen.append(1))
+        rest.update(model, torch.optim.SGD(model.parameters(), lr=0.1), batch, torch.tensor([1.0, -1.0]), torch.ones_like(batch.logp), cfg)
+        calls[on] = len(seen)
+    assert calls == {False: 1, True: 2}

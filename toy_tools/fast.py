@@ -1,0 +1,397 @@
+"""The fast way to run a model: attention that keeps a group's prompt only once, for any Hugging Face model with
+pluggable attention (AttentionInterface), and a decoding step of fixed shapes for CUDA graphs and torch.compile.
+
+A group's G completions share their prompt. In the update one batch row holds [prompt | completion 1 | … | completion G]
+and the layout says who may see whom; while decoding, the prompt's keys and values are stored once per group, next to
+each completion's own. Exact: what a token sees is what it would see in its own row. `engine` gives the shared engine
+where it was seen to agree with rest.Engine, and rest.Engine elsewhere."""
+
+import functools
+import inspect
+import logging
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+import rest
+
+log = logging.getLogger("rest")
+
+
+def engine(model, share=True, graph=True, compiled=False):
+    """The fastest rest.Engine that is right for this model.
+
+    share: keep each prompt once per group; graph: on a GPU, replay the decoding step as a CUDA graph; compiled:
+    torch.compile it."""
+    if not share:
+        return rest.Engine(model)
+    reason = why_not_shared(model)
+    if reason:
+        log.warning("%s: prompts are not shared within groups (slower, same gradients): %s",
+                    type(model).__name__, reason)
+        return rest.Engine(model)
+    return SharedEngine(model, graph, compiled)
+
+
+# ---- layouts: who sees whom ----
+
+
+@dataclass
+class PackedLayout:
+    """Batch rows [prompt | G completions of T tokens], length Lp + G*T. prompt_mask: bool [P, Lp], False at left padding."""
+
+    prompt_mask: torch.Tensor
+    group: int
+    length: int
+    masks: tuple = None  # the same for all layers
+
+    def attend(self, q, k, v, scale):
+        """q [P, H, Lp+G*T, D], k and v [P, Hkv, Lp+G*T, D] -> [P, H, Lp+G*T, D]."""
+        P, Lp = self.prompt_mask.shape
+        G, T = self.group, self.length
+        if self.masks is None:
+            self.masks = self.make_masks(q.device)
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))  # grouped-query attention
+        out = F.scaled_dot_product_attention(
+            q[:, :, :Lp], k[:, :, :Lp], v[:, :, :Lp], self.masks[0], is_causal=self.masks[0] is None, scale=scale)
+        if G == 0:
+            return out
+
+        def unpack(x):  # (P, H, Lp+G*T, D) -> (P*G, H, T, D)
+            return x[:, :, Lp:].unflatten(2, (G, T)).transpose(1, 2).flatten(0, 1)
+
+        def with_prompt(x):  # -> (P*G, H, Lp+T, D)
+            prompt = x[:, None, :, :Lp].expand(-1, G, -1, -1, -1).flatten(0, 1)
+            return torch.cat([prompt, unpack(x)], 2)
+
+        own = F.scaled_dot_product_attention(unpack(q), with_prompt(k), with_prompt(v), self.masks[1], scale=scale)
+        return torch.cat([out, own.unflatten(0, (P, G)).transpose(1, 2).flatten(2, 3)], 2)
+
+    def make_masks(self, device):
+        """(prompt to prompt, None where plainly causal; completion to prompt and itself, (P*G, 1, T, Lp+T))."""
+        P, Lp = self.prompt_mask.shape
+        G, T = self.group, self.length
+        see = self.prompt_mask[:, None, None, :]                                 # (P, 1, 1, Lp)
+        causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+        eye = torch.eye(Lp, dtype=torch.bool, device=device)  # padding sees itself: a fully masked row would be NaN
+        prompt = None if self.prompt_mask.all() else (see & torch.ones_like(eye).tril()) | eye
+        own = torch.cat([see.expand(P, 1, T, Lp), causal.expand(P, 1, T, T)], -1)
+        return prompt, own.repeat_interleave(G, 0)
+
+
+class DecodeLayout:
+    """Keys and values while decoding: the prompt's once per group, [P, Hkv, Lp, D], each completion's own, [P, Hkv, G, T, D].
+
+    It plays both parts that transformers knows: the cache (`update`) and, through shared_attention, the attention
+    pattern. `column`, if set, is the step as a tensor int64 [1]: every tensor then keeps its shape from step to step, as
+    a CUDA graph needs; the first `width` columns are read, and those still to come are masked."""
+
+    def __init__(self, prompt_mask, group, length):
+        self.prompt_mask = prompt_mask
+        self.group = group
+        self.length = length
+        self.prompt = []
+        self.own = []
+        self.packed = PackedLayout(prompt_mask, 0, 0)
+        self.step = None
+        self.column = None
+        self.width = 0
+        self.bias = None
+
+    def update(self, k, v, layer, *args, **kwargs):
+        k = k.to(v.dtype)  # under autocast positions are rotated in float32
+        if self.step is None:  # prefill
+            P, Hkv, _, D = k.shape
+            self.prompt.append((k.contiguous(), v.contiguous()))
+            self.own.append(tuple(k.new_zeros(P, Hkv, self.group, self.length, D) for _ in range(2)))
+            return k, v
+        new = [x.view(-1, self.group, *x.shape[1:]).transpose(1, 2) for x in (k, v)]  # (P, Hkv, G, 1, D)
+        if self.column is not None:
+            return tuple(own.index_copy_(3, self.column, x)[:, :, :, :self.width]
+                         for own, x in zip(self.own[layer], new))
+        for own, x in zip(self.own[layer], new):
+            own[:, :, :, self.step] = x[:, :, :, 0]
+        return tuple(own[:, :, :, :self.step + 1] for own in self.own[layer])
+
+    def get_seq_length(self, layer=0):
+        return 0 if self.step is None else self.prompt_mask.shape[1] + self.step
+
+    def attend(self, q, k, v, scale, layer):
+        """q [P*G, H, 1, D], k and v [P, Hkv, G, t, D] -> [P*G, H, 1, D]; in the prefill as PackedLayout."""
+        if self.step is None:
+            return self.packed.attend(q, k, v, scale)
+        P, Hkv, G, t, D = k.shape
+        R = q.shape[1] // Hkv
+        kp, vp = (x.flatten(0, 1) for x in self.prompt[layer])                       # (P*Hkv, Lp, D)
+        Lp = kp.shape[1]
+        k, v = k.flatten(0, 2), v.flatten(0, 2)                                      # (P*Hkv*G, t, D)
+        q = q.view(P, G, Hkv, R, D).transpose(1, 2).contiguous()
+        to_prompt = q.view(P * Hkv, G * R, D) @ kp.mT                                # (P*Hkv, G*R, Lp)
+        to_own = q.view(-1, R, D) @ k.mT                                             # (P*Hkv*G, R, t)
+        scores = torch.cat([to_prompt.view(-1, R, Lp), to_own], -1).view(P, -1, Lp + t)
+        if self.bias is None:
+            self.bias = self.make_bias(t, scores)
+        p = torch.add(self.bias, scores, alpha=scale).softmax(-1).to(v.dtype).view(-1, R, Lp + t)
+        shared = p[..., :Lp].reshape(P * Hkv, G * R, Lp) @ vp                        # (P*Hkv, G*R, D)
+        out = torch.baddbmm(shared.view(-1, R, D), p[..., Lp:], v)                   # (P*Hkv*G, R, D)
+        return out.view(P, Hkv, G, R, D).transpose(1, 2).reshape(P * G, Hkv * R, 1, D)
+
+    def make_bias(self, t, scores):
+        """(P, 1, Lp+t), the same for all layers: -inf at left padding and, with a fixed width, at columns to come."""
+        now = t if self.column is None else self.column
+        late = torch.arange(t, device=scores.device) > now
+        hidden = torch.cat([~self.prompt_mask, late.expand(len(self.prompt_mask), t)], 1)
+        return torch.zeros_like(hidden, dtype=scores.dtype).masked_fill(hidden, -torch.inf)[:, None]
+
+    def select(self, groups, slots, group):
+        """Keep these groups of prompts and these slots, `group` to each."""
+        at = slots.view(-1, group) % self.group  # (groups kept, group): which of a group's slots
+        self.prompt = [tuple(x[groups] for x in kv) for kv in self.prompt]
+        self.own = [tuple(x[groups[:, None], :, at].transpose(1, 2).contiguous() for x in kv) for kv in self.own]
+        self.prompt_mask = self.prompt_mask[groups]
+        self.group = group
+
+
+def shared_attention(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):
+    """Attention function in transformers' AttentionInterface: output [batch, time, heads, D]. `layout` comes as a model kwarg."""
+    args = (query, key, value, scaling or query.shape[-1] ** -0.5)
+    out = layout.attend(*args, module.layer_idx) if isinstance(layout, DecodeLayout) else layout.attend(*args)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("rest_shared", shared_attention)
+
+
+# ---- the engine ----
+
+
+class SharedEngine(rest.Engine):
+    """rest.Engine with each prompt forwarded and kept once per group. `graph`: on CUDA the decoding step is captured as
+    a graph and replayed; `compiled`: torch.compile fuses its kernels. Both need a step of fixed shapes (static_step),
+    prepared anew when the batch shrinks, and are given up, with a warning, where they fail once."""
+
+    def __init__(self, model, graph=True, compiled=False):
+        super().__init__(model)
+        base = inspect.signature(model.base_model.forward).parameters
+        self.cache_name = "cache" if "cache" in base else "past_key_values"
+        self.graph = graph and self.device.type == "cuda"
+        self.compiled = compiled
+
+    @contextmanager
+    def attention(self):
+        """The model's attention is shared_attention inside, what it was before outside."""
+        before = self.model.config._attn_implementation
+        self.model.set_attn_implementation("rest_shared")
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(before)
+
+    @contextmanager
+    def sampling(self):
+        with super().sampling(), self.attention():
+            yield
+
+    # decoding
+
+    def prefill(self, prompts, group, max_tokens):
+        self.width = group  # slots to a group
+        self.shrink = 0.5 if self.graph or self.compiled else 0.75
+        ids, mask = rest.left_pad(prompts, self.device)                           # (P, Lp)
+        self.layout = DecodeLayout(mask, group, max_tokens)
+        self.position = mask.sum(1).repeat_interleave(group)                      # (S,)
+        logits = self.forward(ids, (mask.cumsum(1) - 1).clamp(min=0))             # (P, V)
+        return logits.repeat_interleave(group, 0)                                 # (S, V)
+
+    def forward(self, ids, position_ids):
+        self.layout.bias = None  # the last step's
+        hidden = self.model.base_model(
+            input_ids=ids, position_ids=position_ids, use_cache=True, layout=self.layout,
+            **{self.cache_name: self.layout}).last_hidden_state
+        return self.model.get_output_embeddings()(hidden[:, -1])
+
+    def step(self, ids, t):
+        self.layout.step = t
+        while (self.graph or self.compiled) and (self.layout.column is None or t >= self.layout.width):
+            try:
+                self.prepare(ids, t)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # without the one, then without the other
+                self.give_up(error)
+        if self.layout.column is None:
+            return self.forward(ids[:, None], self.position[:, None] + t)
+        return self.static_run(ids, t)
+
+    def give_up(self, error):
+        what = "compiled" if self.compiled else "graph"
+        setattr(self, what, False)
+        self.forget()
+        log.warning("decoding without %s (slower, same results): %s",
+                    "compilation" if what == "compiled" else "a CUDA graph", error)
+
+    def forget(self):
+        """What was prepared is for other shapes: its memory is free."""
+        self.layout.column = self.replay = self.graph_logits = None
+
+    def static_step(self, ids):
+        """A step whose tensors all keep their shapes and addresses: what a graph can hold. ids int64 [S]."""
+        return self.forward(ids[:, None], (self.position + self.layout.column)[:, None])
+
+    def work(self, ids):
+        return compiled_step()(self, ids) if self.compiled else self.static_step(ids)
+
+    def static_run(self, ids, t):
+        self.layout.column.fill_(t)
+        if not self.graph:
+            return self.work(ids)
+        self.graph_ids.copy_(ids)
+        self.replay()
+        return self.graph_logits  # until the next replay writes over them
+
+    def prepare(self, ids, t):
+        """Compiles and captures the step for the rows that are there now and the steps below layout.width, which doubles
+        from time to time, so that a long token budget is not read before it is used. Raises RuntimeError if that fails,
+        or differs from the eager step.
+
+        The graph reads graph_ids, self.position and the layout's tensors where they lie now: all live until the next
+        `prepare`."""
+        self.forget()
+        self.layout.column = torch.full((1,), t, device=ids.device)
+        self.layout.width = min(self.layout.length, max(128, 2 * t))
+        expected = self.static_step(ids)  # and a warm-up: libraries allocate, autocast casts weights outside the graph
+        if self.graph:
+            if self.compiled:
+                self.work(ids)
+            self.graph_ids = ids.clone()
+            self.replay, self.graph_logits = self.record(lambda: self.work(self.graph_ids))
+            self.graph_logits.zero_()  # if the graph were empty, nothing would come back
+        if not close(self.static_run(ids, t), expected):
+            raise RuntimeError("the prepared step differs from the eager one")
+
+    @staticmethod
+    def record(work):
+        """(run, result): run() does what work() does, by a CUDA graph, and writes its result where it stands."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):  # the first restores the stream
+            result = work()
+        return graph.replay, result
+
+    def drop(self, done):
+        """Takes out finished groups and narrows the others to the fullest one, where that makes the batch enough smaller."""
+        groups = [done[a:a + self.width] for a in range(0, len(done), self.width)]
+        keep = [k for k, group in enumerate(groups) if not all(group)]
+        width = max(group.count(False) for group in groups)
+        if len(keep) * width > self.shrink * len(done):
+            return None
+        slots = []
+        for k in keep:  # finished ones last; some stay where another group is fuller
+            order = sorted(range(self.width), key=lambda s: groups[k][s])
+            slots += [k * self.width + s for s in order[:width]]
+        at = torch.tensor(slots, device=self.device)
+        self.layout.select(torch.tensor(keep, device=self.device), at, width)
+        self.position = self.position[at]
+        self.width = width
+        self.forget()
+        return slots
+
+    # update
+
+    def micro_batches(self, batch, groups, budget):
+        """As rest.Engine's, but a group's completions stand behind one copy of their prompt: every list holds equally
+        many completions, in a row, of each of its groups."""
+        G = batch.group
+        length = batch.length.tolist()
+        longest = [max(length[p * G:p * G + G]) for p in range(len(batch.prompts))]
+        prompt = [len(ids) for ids in batch.prompts]
+
+        def tokens(part):  # part: [(prompt, how many completions)]
+            count = part[0][1]
+            return len(part) * (max(prompt[p] for p, _ in part) + count * max(longest[p] for p, _ in part))
+
+        parts = []  # [([(prompt, count)], rows)]
+        for p in sorted(groups, key=lambda p: (longest[p], prompt[p])):
+            at_once = max((n for n in range(1, G + 1) if tokens([(p, n)]) <= budget), default=1)
+            for first in range(0, G, at_once):
+                new = (p, min(at_once, G - first))
+                rows = [p * G + g for g in range(first, first + new[1])]
+                if parts and parts[-1][0][0][1] == new[1] and tokens([*parts[-1][0], new]) <= budget:
+                    parts[-1][0].append(new)
+                    parts[-1][1].extend(rows)
+                else:
+                    parts.append(([new], rows))
+        return [rows for _, rows in parts]
+
+    def logps(self, batch, rows, temperature):
+        """As rest.Engine's. rows: equally many of each group, a group's together (see micro_batches). One batch row per
+        group, [prompt | its completions]; hidden states t-1 predict token t, the prompt's last one token 0."""
+        groups = list(dict.fromkeys(row // batch.group for row in rows))
+        P, n = len(groups), len(rows) // len(groups)
+        T = max(batch.length[rows].tolist())
+        completions = batch.tokens[rows, :T].view(P, n * T)
+        ids, mask = rest.left_pad([batch.prompts[p] for p in groups], self.device)         # (P, Lp)
+        Lp = ids.shape[1]
+        before = (mask.cumsum(1) - 1).clamp(min=0)                                         # (P, Lp)
+        after = mask.sum(1, keepdim=True) + torch.arange(T, device=self.device)            # (P, T)
+        with rest.autocast(self.model), self.attention():
+            hidden = self.model.base_model(
+                input_ids=torch.cat([ids, completions], 1), position_ids=torch.cat([before, after.repeat(1, n)], 1),
+                use_cache=False, layout=PackedLayout(mask, n, T)).last_hidden_state        # (P, Lp+n*T, H)
+            last = hidden[:, None, Lp - 1:Lp].expand(-1, n, -1, -1)                        # (P, n, 1, H)
+            own = hidden[:, Lp:].unflatten(1, (n, T))[:, :, :-1]                           # (P, n, T-1, H)
+            states = torch.cat([last, own], 2).flatten(0, 2)                               # (P*n*T, H)
+            head = self.model.get_output_embeddings()
+            return rest.token_logps(states, completions.flatten(), temperature, head).view(P * n, T)
+
+    def backward(self, loss):
+        with self.attention():  # gradient checkpointing forwards again in here
+            loss.backward()
+
+
+@functools.cache
+def compiled_step():
+    return torch.compile(SharedEngine.static_step, dynamic=True)  # prompts, rows and widths differ from rollout to rollout
+
+
+# ---- where it agrees ----
+
+
+def close(a, b):
+    """Whether logits or logps agree as well as their precision lets them: 1e-4 of the largest in float32, 5% in bfloat16."""
+    exact = a.dtype == b.dtype == torch.float32 and not torch.is_autocast_enabled(a.device.type)
+    if not torch.equal(a.isfinite(), b.isfinite()):
+        return False
+    a, b = (x.nan_to_num(0.0, 0.0, 0.0) for x in (a, b))  # words that a model rules out have logit -inf
+    return bool((a - b).abs().max() <= (1e-4 if exact else 5e-2) * b.abs().max())
+
+
+@torch.no_grad()
+def why_not_shared(model):
+    """Why the shared engine is not right for this model, or "": tried on random ids against the plain one.
+
+    Architectures without pluggable attention, with sliding windows, or that post-process logits take the plain path."""
+    config = getattr(model, "config", None)
+    if not getattr(model, "_supports_attention_backend", False):
+        return "its attention cannot be replaced"
+    if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+        return "not all of its layers have full attention"
+    g = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(0, config.vocab_size, (n,), generator=g).tolist() for n in (3, 5)]
+    tokens = torch.randint(0, config.vocab_size, (4, 4), generator=g).to(next(model.parameters()).device)
+    batch = rest.Rollout([], prompts, 2, tokens, *[None] * 3, torch.full((4,), 4), *[None] * 3)
+
+    def look(engine):  # at the update's logps, and at the first logits of prefill and a step
+        with engine.sampling():
+            logps = engine.logps(batch, [0, 1, 2, 3], 1.0)
+            first = engine.prefill(prompts, 2, 4).clone()
+            return logps, first, engine.step(tokens[:, 0], 0)
+
+    try:
+        shared, plain = look(SharedEngine(model, graph=False)), look(rest.Engine(model))
+        with rest.autocast(model):
+            return "" if all(map(close, shared, plain)) else "its log-probabilities differ"
+    except (TypeError, AttributeError, RuntimeError, ValueError) as error:
+        return str(error)
