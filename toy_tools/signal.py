@@ -44,6 +44,8 @@ FACTORS = {"a quarter": 0.25, "as run": 1.0, "four times": 4.0, "averaged": 19.0
 large, as long as the parameters hardly move."""
 
 OWN = ("rest", "rest-official", "top-entropy", "low-prob", "token-entropy", "entropy-up", "shuffled")
+CURVES = {"w* >= 0, cross-fitted": "black", "rest": "C3", "curriculum, no thought": "C4", "rest-official": "C1", "top-entropy": "C0",
+          "low-prob": "C2", "shuffled": "0.6"}  # of the figure
 EXACT = 2 ** 22  # up to so many parameters whole gradients are kept
 SKETCH = 2 ** 18
 
@@ -453,8 +455,9 @@ def write_csv(lines, path):
 
 
 def figure(lines, path):
-    """Picture of a table's lines: a row per coordinates; w* >= 0 over training beside ResT's weights, then gains over uniform weights for the
-    batch sizes. Of several runs the pooled lines. Raises ImportError without matplotlib."""
+    """Picture of a table's lines, pooled ones where there are several runs: a row per coordinates; w* >= 0 over training beside ResT's
+    weights, then gains over uniform weights for three batch sizes, with 95% intervals. No interval, no point: uniform weights' signal
+    could not be told from 0 there. Raises ImportError without matplotlib."""
     try:
         import matplotlib
     except ImportError as error:
@@ -463,36 +466,36 @@ def figure(lines, path):
     from matplotlib import pyplot
     run = next((line["run"] for line in lines if line["run"].startswith("pooled")), lines[0]["run"])
     lines = [line for line in lines if line["run"] == run]
-    shown = {"w* >= 0, cross-fitted": "black", "rest": "C3", "curriculum, no thought": "C4", "rest-official": "C1", "top-entropy": "C0",
-             "low-prob": "C2", "shuffled": "0.6"}
+    reach = max(line["step"] for line in lines) - min(line["step"] for line in lines) or 1
     factors = list(FACTORS.items())[:3]
     size = lines[0]["prompts"] / factors[0][1]
-    grid, axes = pyplot.subplots(len(COORDINATES), 1 + len(factors), figsize=(17, 3.6 * len(COORDINATES)), squeeze=False)
+    grid, axes = pyplot.subplots(len(COORDINATES), 1 + len(factors), figsize=(17, 3.6 * len(COORDINATES)), sharex=True)
 
-    def draw(axis, chosen, column, **style):
-        steps = [line["step"] for line in chosen]
-        middle = [line[column] for line in chosen]
-        axis.plot(steps, middle, marker=".", **style)
-        axis.fill_between(steps, [line[column + "_low"] for line in chosen], [line[column + "_high"] for line in chosen],
-                          color=style["color"], alpha=0.1, linewidth=0)
+    def draw(axis, k, method, column, **style):
+        """The k-th curve of a panel; its intervals stand a little apart from the others'."""
+        chosen = [line for line in here if line["method"] == method and line["prompts"] == prompts]
+        chosen = [line for line in chosen if method == "curriculum" or not math.isnan(line[column + "_low"])]
+        at = [line["step"] + 0.008 * reach * k for line in chosen]
+        axis.plot(at, [line[column] for line in chosen], marker=".", linewidth=1, **style)
+        axis.vlines(at, [line[column + "_low"] for line in chosen], [line[column + "_high"] for line in chosen], style["color"], linewidth=0.6)
 
     for row, coordinates in zip(axes, COORDINATES):
         here = [line for line in lines if line["coordinates"] == coordinates]
+        prompts = size
         for r, name in enumerate(REGIONS):
-            for method, style in (("w* >= 0", "-"), ("curriculum", "--")):
-                chosen = [line for line in here if line["method"] == method and line["prompts"] == size]
-                draw(row[0], chosen, "w_" + name, color=f"C{r}", linestyle=style, label=name if style == "-" else None)
+            draw(row[0], r, "w* >= 0", f"w_{name}", color=f"C{r}", label=name)
+            draw(row[0], r, "curriculum", f"w_{name}", color=f"C{r}", linestyle="--")
+        row[0].set_ylim(-0.1, 6)
         row[0].set_title(f"{coordinates}: weights, w* >= 0 solid, ResT dashed", fontsize=9)
-        row[0].legend(fontsize=7)
         for axis, (label, factor) in zip(row[1:], factors):
-            for method, colour in shown.items():
-                chosen = [line for line in here if line["method"] == method and line["prompts"] == factor * size]
-                if chosen:
-                    draw(axis, chosen, "gain", color=colour, label=method)
+            prompts = factor * size
+            for k, (method, colour) in enumerate(CURVES.items()):
+                draw(axis, k, method, "gain", color=colour, label=method)
             axis.axhline(1.0, color="0.8", linewidth=0.8)
             axis.set_ylim(-0.5, 5)
-            axis.set_title(f"{coordinates}: efficiency over uniform, {factor * size:g} prompts ({label})", fontsize=9)
-        row[1].legend(fontsize=7)
+            axis.set_title(f"{coordinates}: efficiency over uniform, {prompts:g} prompts ({label})", fontsize=9)
+    for axis in axes[0, :2]:
+        axis.legend(fontsize=7)
     for axis in axes[-1]:
         axis.set_xlabel("step")
     grid.suptitle(run)
@@ -538,8 +541,14 @@ def load(run, step, folder, args):
             rows = [part for row in rows for part in (tasks.decompose(row) if len(row["gold"]) > 1 else [row])]
     if len(rows) < cfg.prompts:
         raise ValueError(f"{len(rows)} training rows are fewer than the {cfg.prompts} prompts of a mini-batch: lower --prompts")
+    instructions = ""
+    if tokenizer.chat_template != policy.CHAT_TEMPLATE:  # the embedded policy is given none
+        if "instructions" not in settings:
+            raise ValueError(f"{run}/config.json does not say which \"instructions\" the policy was given")
+        instructions = settings["instructions"]
+    talk = chat.TemplateChat(tokenizer, instructions, model)
     optimizer = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)["optimizer"]
-    return Point(run, step, fast.engine(model), rest.Chat(tokenizer), rows, cfg, optimizer, args.seed)
+    return Point(run, step, fast.engine(model), talk, rows, cfg, optimizer, args.seed)
 
 
 def parse(argv):
