@@ -48,7 +48,6 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 log = logging.getLogger("rest")
 
@@ -64,7 +63,6 @@ def knob(default, text, bound=None):
 @dataclass
 class Config:
     """The algorithm's constants. Raises ValueError with a sentence for what cannot be."""
-
     method: str = knob("rest", "How tokens are weighted: a name in rest.WEIGHTS.")
     reward_scaling: str = knob("dynamic", "dynamic: parts rescaled with progress; static: ToolRL's.")
     raw_weight: str = knob("one-minus-exp", "one-minus-exp: 1/(1-exp(-H)); inverse: 1/H.")
@@ -110,29 +108,26 @@ class Config:
 
 @dataclass
 class Rollout:
-    """N = P*G completions, those of prompt p in rows p*G … p*G+G-1; tensors are aligned to completion
-    tokens and padded on the right."""
-
-    rows: list               # the P rows
-    prompts: list            # P lists of prompt ids
-    group: int               # G
-    tokens: torch.Tensor     # int64 [N, T], exactly the ids that were sampled or forced
-    sampled: torch.Tensor    # bool [N, T], True where the policy chose; tool results and padding are False
-    logp: torch.Tensor       # float32 [N, T], of the distribution sampled from; 0 where not sampled
-    entropy: torch.Tensor    # float32 [N, T], nats, of the same distribution; 0 where not sampled
-    length: torch.Tensor     # int64 [N], sampled and forced tokens
-    truncated: torch.Tensor  # bool [N], ran out of max_completion_tokens
-    turns: list              # per episode: [(start, end)] columns of each assistant turn
-    texts: list              # per episode: the text of each turn, without its end-of-turn token
-    refused: list = None     # per episode: calls that the executor refused
-    bugs: int = 0            # calls in which a tool itself failed
-    region: torch.Tensor = None  # int64 [N, T], see token_regions
+    """N = P*G completions, those of prompt p in rows p*G … p*G+G-1; right-padded to T columns."""
+    rows: list                   # the P rows
+    prompts: list                # P lists of prompt ids
+    group: int                   # G
+    tokens: torch.Tensor         # int64 [N, T], exactly the ids that were sampled or forced
+    sampled: torch.Tensor        # bool [N, T], where the policy chose; tool results and padding are False
+    logp: torch.Tensor           # float32 [N, T], of the distribution sampled from; 0 where not sampled
+    entropy: torch.Tensor        # float32 [N, T], nats, of the same distribution; 0 where not sampled
+    length: torch.Tensor         # int64 [N], sampled and forced tokens
+    truncated: torch.Tensor      # bool [N], ran out of max_completion_tokens
+    turns: list                  # per episode: [(start, end)] columns of each assistant turn
+    texts: list                  # per episode: the text of each turn, without its end-of-turn token
+    refused: list = None         # per episode: calls that the executor refused
+    tool_errors: int = 0         # calls in which a tool failed
+    region: torch.Tensor = None  # int64 [N, T], -1 where not sampled; see token_regions
     covers: torch.Tensor = None  # bool [N, T, 6]
 
 @dataclass
 class Episode:
-    """A completion while it is sampled. Live, it has turns, between which its tools answer."""
-
+    """A completion while it is sampled. If it is live it has turns, between which its tools answer."""
     row: dict
     functions: dict                            # {name: callable} of its own box; empty if not live
     ids: list = field(default_factory=list)    # sampled and forced
@@ -142,22 +137,23 @@ class Episode:
     turns: list = field(default_factory=list)
     texts: list = field(default_factory=list)
     refused: int = 0
-    bugs: int = 0
+    tool_errors: int = 0
 
     def end_turn(self, chat, end, closed):
-        """The turn ends before column `end`; its last token is an end-of-turn token if `closed`."""
+        """The turn ends before column `end`, with an end-of-turn token if `closed`."""
         self.turns.append((self.start, end))
         self.texts.append(chat.decode(self.ids[self.start:end - closed]))
 
     def answer(self, chat, cfg):
-        """Run the calls of the last turn -> the ids that follow it, none if nothing was called.
-        Behind them the next turn begins, maybe with a forced opening."""
-        calls = parse_calls(self.texts[-1]) if self.functions and len(self.turns) < cfg.max_turns else []
+        """Run the last turn's calls -> the ids that follow it and open the next turn; none without calls."""
+        if not self.functions or len(self.turns) == cfg.max_turns:
+            return []
+        calls = parse_calls(self.texts[-1])
         if not calls:
             return []
-        results, refused, bugs = execute(calls, self.functions, cfg.tool_timeout)
+        results, refused, errors = execute(calls, self.functions, cfg.tool_timeout)
         self.refused += refused
-        self.bugs += bugs
+        self.tool_errors += errors
         end = self.turns[-1][1]
         reply, opening = chat.reply(self.row, results, self.ids[end - 1])
         self.start = end + len(reply)
@@ -166,25 +162,21 @@ class Episode:
 
 @torch.no_grad()
 def rollout(engine, chat, rows, cfg, seed=0, group=None, greedy=False, toolbox_for=None):
-    """Sample `group` (default cfg.group) completions for each row -> Rollout.
+    """Sample `group` (default cfg.group) completions for each row -> Rollout, without regions.
 
-    All episodes advance one token a step, sampled or forced, so a tool's result passes through the same
-    loop and nothing is ever re-tokenised. Each episode draws from its own uniforms: what it samples does
-    not depend on which others are still there. With cfg.max_turns > 1, `toolbox_for(row)` gives every
-    episode an object with `.functions`, on which its calls run. Raises ValueError for a row or box that
-    does not fit, FloatingPointError if the logits are not finite."""
+    All episodes advance one token a step, sampled or forced: a tool's result passes through the same loop
+    and nothing is ever tokenised again. Each draws from its own uniforms: what it samples does not depend
+    on which others are still there. With cfg.max_turns > 1, toolbox_for(row) gives every episode an object
+    with `.functions`, on which its calls run. Raises ValueError for a box that lacks a tool of its row,
+    FloatingPointError if the policy's logits are not finite."""
     G = cfg.group if group is None else group
-    N = len(rows) * G
     T = cfg.max_completion_tokens
+    N = len(rows) * G
     device = engine.device
-    encoded = [chat.prompt(row) for row in rows]
-    prompts = [ids for ids, _ in encoded]
     live = cfg.max_turns > 1 and toolbox_for is not None
-    episodes = [Episode(row, offered(row, toolbox_for(row)) if live else {})
-                for row in rows for _ in range(G)]
-    uniforms = torch.rand(N, T, generator=torch.Generator().manual_seed(seed))
-    uniforms = uniforms.clamp_(max=1 - 1e-6).to(device)
-    forced = torch.full((N, T), -1, device=device)  # ids the policy does not choose; -1: it chooses
+    episodes = [Episode(row, offered(row, toolbox_for(row)) if live else {}) for row in rows for _ in range(G)]
+    uniforms = torch.rand(N, T, generator=torch.Generator().manual_seed(seed)).clamp_(max=1 - 1e-6).to(device)
+    forced = torch.full((N, T), -1, device=device)  # ids that the policy does not choose; -1: it chooses
     logp = torch.zeros(N, T, device=device)
     entropy = torch.zeros(N, T, device=device)
 
@@ -192,11 +184,12 @@ def rollout(engine, chat, rows, cfg, seed=0, group=None, greedy=False, toolbox_f
         ids = ids[:T - column]
         forced[i, column:column + len(ids)] = torch.tensor(ids, dtype=torch.long, device=device)
 
+    encoded = [chat.prompt(row) for row in rows]
+    prompts = [ids for ids, _ in encoded]
     for i, episode in enumerate(episodes):
         opening = encoded[i // G][1]
         episode.free = len(opening)
-        if opening:
-            force(i, opening, 0)
+        force(i, opening, 0)
 
     with engine.sampling():
         slots = list(range(N))                   # which episode each row of the engine's batch is
@@ -204,29 +197,26 @@ def rollout(engine, chat, rows, cfg, seed=0, group=None, greedy=False, toolbox_f
         logits = engine.prefill(prompts, G, T)   # (S, V)
         for t in range(T):
             choice, logp[at, t], entropy[at, t] = sample(logits, uniforms[at, t], cfg.temperature, greedy)
-            plan = forced[at, t]                              # (S,)
-            choice = torch.where(plan < 0, choice, plan)      # (S,)
-            ended = False
-            for i, token in zip(slots, choice.tolist()):      # the one wait for the device per token
+            plan = forced[at, t]                                # (S,)
+            choice = torch.where(plan < 0, choice, plan)        # (S,)
+            for i, token in zip(slots, choice.tolist()):        # the one wait for the device per token
                 episode = episodes[i]
                 episode.ids.append(token)
                 if token in chat.end_ids and t >= episode.free and not episode.length:
                     episode.end_turn(chat, t + 1, closed=True)
                     follow = episode.answer(chat, cfg)
                     force(i, follow, t + 1)
-                    if not follow:
-                        episode.length = t + 1
-                        ended = True
+                    episode.length = 0 if follow else t + 1
             done = [episodes[i].length > 0 for i in slots]
             if t == T - 1 or all(done):
                 break
-            if ended and (kept := engine.drop(done)) is not None:
+            if any(episodes[i].length == t + 1 for i in slots) and (kept := engine.drop(done)) is not None:
                 slots = [slots[s] for s in kept]
                 at = torch.tensor(slots, device=device)
                 choice = choice[torch.tensor(kept, device=device)]
             logits = engine.step(choice, t)
 
-    truncated = torch.tensor([not episode.length for episode in episodes], device=device)
+    truncated = [not episode.length for episode in episodes]
     for episode in episodes:
         if not episode.length:
             episode.length = T
@@ -235,16 +225,15 @@ def rollout(engine, chat, rows, cfg, seed=0, group=None, greedy=False, toolbox_f
     length = torch.tensor([episode.length for episode in episodes], device=device)
     width = max(episode.length for episode in episodes)
     tokens = [(episode.ids[:episode.length] + [0] * width)[:width] for episode in episodes]
-    inside = torch.arange(width, device=device) < length[:, None]          # (N, width)
+    inside = torch.arange(width, device=device) < length[:, None]               # (N, width)
     sampled = inside & (forced[:, :width] < 0)
-    logp = torch.where(sampled, logp[:, :width], 0.0)
-    entropy = torch.where(sampled, entropy[:, :width], 0.0)
+    logp, entropy = (torch.where(sampled, x[:, :width], 0.0) for x in (logp, entropy))
     if not bool((logp + entropy).isfinite().all()):
         raise FloatingPointError("the policy's logits are not finite: its weights have diverged")
     return Rollout(
-        rows, prompts, G, torch.tensor(tokens, device=device), sampled, logp, entropy, length, truncated,
-        turns=[episode.turns for episode in episodes], texts=[episode.texts for episode in episodes],
-        refused=[episode.refused for episode in episodes], bugs=sum(episode.bugs for episode in episodes))
+        rows, prompts, G, torch.tensor(tokens, device=device), sampled, logp, entropy, length,
+        torch.tensor(truncated, device=device), [e.turns for e in episodes], [e.texts for e in episodes],
+        [e.refused for e in episodes], sum(e.tool_errors for e in episodes))
 
 def sample(logits, uniforms, temperature, greedy=False):
     """One token per row of softmax(logits / temperature): ids int64 [S], logp and entropy (nats) float32 [S].
@@ -267,31 +256,6 @@ TAG, SCAFFOLD, NAME, PARAMS, THOUGHT, TEXT = range(6)
 REGIONS = ("tag", "scaffold", "name", "params", "thought", "text")
 PAPER_REGIONS = {"format": (TAG, SCAFFOLD), "name": (NAME,), "params": (PARAMS,), "thought": (THOUGHT,),
                  "text": (TEXT,)}  # the authors' constants tell tags and JSON scaffold apart, the paper does not
-
-def label_chars(text):
-    """The region of every character, a bytearray as long as the text; total on any input.
-
-    >>> list(label_chars('<think>a</think>')[6:9])
-    [0, 4, 0]
-    """
-    label = bytearray(SCAFFOLD if c.isspace() else TEXT for c in text)
-
-    def fill(start, end, region):
-        label[start:end] = bytes([region]) * (end - start)
-
-    inside = {"think": THOUGHT, "tool_call": SCAFFOLD, "response": TEXT}
-    for block in split_blocks(text):
-        fill(block.start, block.end, TAG)
-        fill(*block.inner, inside[block.kind])
-        for _, _, stop, fields in block.calls:
-            for key, (value, start, end) in fields.items():
-                end = stop if end is None else end  # broken off: to the end of its line
-                if key == "name":  # its quotes are format
-                    start += text[start:start + 1] == '"'
-                    fill(start, end - isinstance(value, str), NAME)
-                elif key in ("arguments", "parameters"):
-                    fill(start, end, PARAMS)
-    return label
 
 def tag_regions(pieces):
     """Per token of one assistant turn, given each id's own text, the regions of its visible characters in
@@ -345,9 +309,9 @@ RAW_WEIGHTS = {
     "one-minus-exp": lambda h: 1 / (1 - torch.exp(-h)),  # Theorem 2 with Lemma 2's bound on the score
     "inverse": lambda h: 1 / h}
 
-def raw_weights(entropy, cfg):
+def raw_weights(entropy, kind="one-minus-exp", min_entropy=0.05):
     """Entropies in nats -> weights that fall with entropy: the practical proxy of Theorem 2."""
-    return RAW_WEIGHTS[cfg.raw_weight](entropy.clamp(min=cfg.min_entropy))
+    return RAW_WEIGHTS[kind](entropy.clamp(min=min_entropy))
 
 def curriculum(weight, progress, cfg):
     """Weights [6] at progress in [0, 1]: format down, parameters and thought up, the others constant.
@@ -374,7 +338,7 @@ def region_weights(batch, cfg, progress):
 
     Departure: raw weights are divided by their token mean over the batch, so that the curriculum's
     constants mean the same at any entropy."""
-    raw = raw_weights(region_entropy(batch), cfg)        # (6,)
+    raw = raw_weights(region_entropy(batch), cfg.raw_weight, cfg.min_entropy)        # (6,)
     raw = raw / raw[batch.region[batch.sampled]].mean()
     return curriculum(raw, progress, cfg)
 
@@ -384,10 +348,6 @@ def by_region(weight, batch):
 
 def rest_weights(batch, cfg, progress):
     return by_region(region_weights(batch, cfg, progress), batch)
-
-def rest_static(batch, cfg, progress):
-    """No curriculum."""
-    return rest_weights(batch, cfg, 0.0)
 
 def no_thought(batch, cfg, progress):
     """The paper's ablation: thoughts get no gradient."""
@@ -414,38 +374,39 @@ def top_entropy(batch, cfg, progress):
     """The opposite belief, arXiv 2506.01939: only the least certain tokens matter."""
     entropy = batch.entropy[batch.sampled].sort(descending=True).values
     count = max(1, round(cfg.top_entropy_fraction * len(entropy)))
-    least = entropy[:count][-1]
-    return normalise_weights((batch.entropy >= least).float(), batch.sampled)
+    return normalise_weights((batch.entropy >= entropy[:count][-1]).float(), batch.sampled)
+
+def entropy_up(batch, cfg, progress):
+    """The opposite belief, mildly, arXiv 2510.14545: by the standardised entropy."""
+    entropy = batch.entropy[batch.sampled]
+    z = (batch.entropy - entropy.mean()) / entropy.std().clamp(min=1e-6)
+    return normalise_weights((1 + 0.2 * z).clamp(min=0), batch.sampled)
 
 def low_prob(batch, cfg, progress):
-    """arXiv 2505.12929 with alpha = 0.2: surer tokens count more, by their own probability."""
+    """arXiv 2505.12929, alpha = 0.2: surer tokens count more, by their own probability."""
     return normalise_weights(0.2 * batch.logp.exp() + 0.8, batch.sampled)
 
 def token_entropy(batch, cfg, progress):
     """Do regions matter? The raw weight of the token's own entropy instead of its region's."""
-    return normalise_weights(raw_weights(batch.entropy, cfg), batch.sampled)
-
-def entropy_up(batch, cfg, progress):
-    """The opposite belief, mildly, arXiv 2510.14545: standardised entropies."""
-    entropy = batch.entropy[batch.sampled]
-    z = (batch.entropy - entropy.mean()) / entropy.std().clamp(min=1e-6)
-    return normalise_weights((1 + 0.2 * z).clamp(min=0), batch.sampled)
+    return normalise_weights(raw_weights(batch.entropy, cfg.raw_weight, cfg.min_entropy), batch.sampled)
 
 def shuffled(batch, cfg, progress):
     """Control: ResT's weights, permuted among the tokens of each completion."""
     generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + round(progress * cfg.steps))
     key = torch.rand(batch.sampled.shape, generator=generator).to(batch.sampled.device)
-    source = torch.where(batch.sampled, key, 2.0).argsort(1)             # sampled columns, at random
-    target = torch.where(batch.sampled, 0, 1).argsort(1, stable=True)    # sampled columns, in order
+    source = torch.where(batch.sampled, key, 2.0).argsort(1)               # sampled columns, at random
+    target = torch.where(batch.sampled, 0, 1).argsort(dim=1, stable=True)  # sampled columns, in order
     weight = rest_weights(batch, cfg, progress)
     return torch.zeros_like(weight).scatter(1, target, weight.gather(1, source))
 
-# name -> (rollout batch with regions, cfg, progress in [0, 1]) -> weights float [N, T], 0 where not
-# sampled. Fixed over all passes; no gradient passes: entropies are numbers recorded at rollout.
+# name -> f(rollout batch with regions, cfg, progress in [0, 1]) -> weights float [N, T], 0 where not
+# sampled. Computed once per batch; no gradient passes: entropies are numbers recorded at rollout.
 WEIGHTS = {
-    "rest": rest_weights, "rest-official": rest_official, "rest-static": rest_static, "no-thought": no_thought,
-    "grpo": uniform, "dr-grpo": uniform, "top-entropy": top_entropy, "low-prob": low_prob,
-    "token-entropy": token_entropy, "entropy-up": entropy_up, "shuffled": shuffled}
+    "rest": rest_weights,
+    "rest-static": lambda batch, cfg, progress: rest_weights(batch, cfg, 0.0),  # no curriculum
+    "rest-official": rest_official, "no-thought": no_thought, "grpo": uniform, "dr-grpo": uniform,
+    "top-entropy": top_entropy, "entropy-up": entropy_up, "low-prob": low_prob,
+    "token-entropy": token_entropy, "shuffled": shuffled}
 
 # ---- reward and advantage ----
 
@@ -477,10 +438,8 @@ def correctness_score(gold, predicted):
     return score / (1 + sum(1 + len(call.arguments) for call in gold))
 
 def format_score(text, required):
-    """1.0 if just the required blocks stand there, closed and in order, only space between them;
-    no thought or response is empty, no response holds a call tag. Else 0.0.
-
-    Consecutive call blocks count as one."""
+    """1.0 if just the required blocks stand there, closed, in order, only space between them, no
+    thought or response empty, no call tag in a response; else 0.0. Adjacent call blocks are one."""
     kinds = []
     pos = 0
     for block in split_blocks(text):
@@ -498,20 +457,19 @@ def _in_turn(turn, call):
     return Call((turn, call.name), call.arguments) if isinstance(call, Call) else call
 
 def score_texts(texts, row, refused=0):
-    """Format in [0, 1], correctness in [0, 1] (None where gold has no call), exact: of an episode.
+    """(format in [0, 1], correctness in [0, 1], or None without gold calls, exact) of an episode.
 
     texts: the assistant turns; refused: how many calls the executor refused. Format is the mean
-    over turns; correctness compares (turn, name) instead of names. A row may state the "blocks" of
-    its turns; else a turn is a thought, then calls where gold has some, or a response.
-    Exact: format right, calls equal to gold's turn by turn, none refused."""
+    over turns; correctness compares (turn, name), not names. row["blocks"] may state what each
+    turn needs; else a thought, then calls where gold has some, or a response. Exact: format right,
+    calls equal to gold's turn by turn, none refused."""
+    gold = [_in_turn(i, Call(call["name"], call["arguments"]))
+            for i, turn in enumerate(row["gold"]) for call in turn]
+    calls = [_in_turn(i, call) for i, text in enumerate(texts) for call in _calls(text)]
     required = row.get("blocks") or [
         ("think", "tool_call" if turn else "response") for turn in row["gold"]]
     turns = max(len(texts), len(required))  # missing and surplus turns count 0
     form = sum(map(format_score, texts, required)) / turns
-    gold = [Call((turn, call["name"]), call["arguments"])
-            for turn, calls in enumerate(row["gold"]) for call in calls]
-    calls = [_in_turn(turn, call)
-             for turn, text in enumerate(texts) for call in _calls(text)]
     correct = correctness_score(gold, calls) if gold else None
     same = len(calls) == len(gold) and correct in (1.0, None)
     return form, correct, form == 1.0 and same and not refused
@@ -641,7 +599,7 @@ def train_step(engine, chat, optimizer, rows, cfg, step, toolbox_for=None, clock
     metrics = update(engine, optimizer, batch, advantages.flatten(), weight, cfg, on_policy=True)
     clock("update")
 
-    metrics |= {"step": step, "lr": learning_rate(cfg, step), **mean_scores(scores), "tool_bugs": batch.bugs}
+    metrics |= {"step": step, "lr": learning_rate(cfg, step), **mean_scores(scores), "tool_errors": batch.tool_errors}
     metrics["correct"] = metrics["correct"] or 0.0
     return metrics | step_metrics(batch, rewards, advantages, weight), batch, weight
 
@@ -693,19 +651,19 @@ def evaluate(engine, chat, rows, cfg, greedy=False, samples=1, seed=0, batch_row
 
 # ---- appendix: reading calls from text ----
 
-# Bounds that make reading linear on any text, however a call breaks off.
-MAX_CALLS = 32  # of one turn; what follows them is one error
-MAX_CHARS = 2**15  # of one call
-MAX_DEPTH = 64  # of a value; deeper JSON is refused before anything recurses over it
+# bounds: reading takes linear time on any text, and nothing recurses deeply
+MAX_CALLS = 32  # of a turn; those behind them are one error
+MAX_CHARS = 2**15  # of a call
+MAX_DEPTH = 64  # of a value in a call
 
-SURROGATE = re.compile("[\ud800-\udfff]")  # half a pair, which tokenizers refuse
 SPACE = re.compile(r"[ \t\r\n]*")
 OPENING_TAG = re.compile(r"<(think|tool_call|response)>")
-# half of a surrogate pair, which tokenizers refuse; group 1 is no such thing and stays
-HALF_PAIR = re.compile(r"(\\\\|\\ud[89ab]HH\\ud[c-f]HH)|\\ud[89a-f]HH".replace("H", "[0-9a-f]"), re.I)
+# half of a surrogate pair, which tokenizers refuse: in a text, and escaped (group 1 is none)
+SURROGATE = re.compile("[\ud800-\udfff]")
+HALF_PAIR = re.compile(r"(\\\\|\\ud[89ab]..\\ud[c-f]..)|\\ud[89a-f][0-9a-f]{2}", re.I)
 
 class CallError(ValueError):
-    """A tool call that cannot run; its text is what the model reads."""
+    """A call that cannot run; its text is what the model reads."""
 
 class MalformedCall(CallError):
     """Not one JSON object with a "name" and an object of "arguments" (or "parameters")."""
@@ -747,8 +705,8 @@ def _calls(text):
 def split_blocks(text):
     """The <think>, <tool_call> and <response> blocks of a completion, in order; read only.
 
-    One scan serves parser, reward and regions, so they cannot disagree. A thought ends at the first
-    </think>, whatever else it mentions; calls end at the first </tool_call> outside a JSON string.
+    One scan for parser, reward and regions, so they cannot disagree. A thought ends at the first
+    </think>, whatever it mentions; calls end at the first </tool_call> outside a JSON string.
     >>> [(b.kind, b.closed) for b in split_blocks("<think>use <tool_call>?</think><response>no")]
     [('think', True), ('response', False)]
     """
@@ -768,35 +726,57 @@ def split_blocks(text):
         blocks.append(Block(kind, match.start(), pos, (inner, stop), closed, calls))
     return blocks
 
+def label_chars(text):
+    """The region of every character, a bytearray as long as the text; total on any input.
+
+    >>> list(label_chars('<think>a</think>')[6:9])
+    [0, 4, 0]
+    """
+    label = bytearray(SCAFFOLD if c.isspace() else TEXT for c in text)
+
+    def fill(start, end, region):
+        label[start:end] = bytes([region]) * (end - start)
+
+    inside = {"think": THOUGHT, "tool_call": SCAFFOLD, "response": TEXT}
+    for block in split_blocks(text):
+        fill(block.start, block.end, TAG)
+        fill(*block.inner, inside[block.kind])
+        for _, _, stop, fields in block.calls:
+            for key, (value, start, end) in fields.items():
+                end = stop if end is None else end  # broken off: to the end of its line
+                if key == "name":  # its quotes are format
+                    start += text[start:start + 1] == '"'
+                    fill(start, end - isinstance(value, str), NAME)
+                elif key in ("arguments", "parameters"):
+                    fill(start, end, PARAMS)
+    return label
+
 def _find(text, what, pos):
     found = text.find(what, pos)
     return len(text) if found < 0 else found
 
 def _scan_calls(text, pos, room):
-    # the calls of a block from pos on, and where its closing tag or the text's end stands
+    # the calls from pos on, and where the closing tag (or the text's end) stands
     calls = []
     while True:
         start = _skip(text, pos)
         if start == len(text) or text.startswith("</tool_call>", start):
             return calls, start
-        if len(calls) < room:
-            fields, pos, error = scan_object(text, start)
-            line = _find(text, "\n", start) if error else pos
-        else:
-            fields, pos, error = {}, start, f"more than {MAX_CALLS} calls in a turn"
-            line = len(text)
+        if len(calls) == room:
+            stop = _find(text, "</tool_call>", start)
+            surplus = MalformedCall(f"more than {MAX_CALLS} calls in a turn")
+            return [*calls, (surplus, start, stop, {})], stop
+        fields, pos, error = scan_object(text, start)
         if error:  # go on with the next line or the closing tag
-            pos = min(line, _find(text, "</tool_call>", pos))
+            pos = min(_find(text, "\n", start), _find(text, "</tool_call>", pos))
         calls.append((MalformedCall(error) if error else _to_call(fields), start, pos, fields))
 
 def _to_call(fields):
-    name = fields.get("name", (None,))[0]
+    name = fields.get("name", ("",))[0]
     arguments = [fields[key][0] for key in ("arguments", "parameters") if key in fields]
-    if not isinstance(name, str) or not name:
-        return MalformedCall('a call needs a "name" that is a string')
-    if len(arguments) != 1 or not isinstance(arguments[0], dict):
-        return MalformedCall('a call needs one object of "arguments" (or "parameters")')
-    return Call(name, arguments[0])
+    if isinstance(name, str) and name and len(arguments) == 1 and isinstance(arguments[0], dict):
+        return Call(name, arguments[0])
+    return MalformedCall('a call needs a "name" and one object of "arguments" (or "parameters")')
 
 def scan_object(text, start):
     """The JSON object at text[start:]: {key: (value, start, end)}, its end, an error text or None.
@@ -840,18 +820,14 @@ def _depth(value):
     return 1 + max(map(_depth, inner), default=0) if isinstance(value, (dict, list)) else 1
 
 def _number(token):
-    value = float(token)
-    if not math.isfinite(value):
-        raise ValueError(f"{token[:40]} is not a number of JSON")
-    return value
+    if not math.isfinite(float(token)):
+        raise ValueError(f"{token[:40]} is no number of JSON")
+    return float(token)
 
 def _object(pairs):
-    members = {}
-    for key, value in pairs:
-        if key in members:
-            raise ValueError(f"the key {key[:40]!r} stands twice")
-        members[key] = value
-    return members
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"a key twice in {str([key for key, _ in pairs])[:60]}")
+    return dict(pairs)
 
 JSON_DECODER = json.JSONDecoder(
     parse_constant=_number, parse_float=_number, object_pairs_hook=_object)
@@ -867,45 +843,42 @@ def same_value(a, b):
 # ---- appendix: tool executor ----
 
 def execute(calls, functions, timeout=2.0, max_chars=1000):
-    """Run the calls of a turn in order -> (a text per call for the model, calls refused, tools that failed).
+    """Run a turn's calls in order -> (a text per call for the model, calls refused, calls that failed).
 
-    calls: list[Call | CallError]; functions: {name: callable(**arguments)}, which check their own
-    arguments and raise InvalidArguments, or ValueError with a sentence for the model. Model text is only
-    ever data: parsed as JSON, passed as arguments. Each call runs in a daemon thread, since signals work
-    on the main thread only, and is abandoned after `timeout` seconds (a turn's calls together after four
-    times that); Python cannot kill it. A tool's own bug is logged once, and the model reads its text."""
+    calls: list[Call | CallError]; functions: {name: callable(**arguments)}, which check their arguments and
+    raise InvalidArguments, or ValueError with a sentence for the model; anything else is the user's bug and
+    logged once. Model text is only ever data: parsed as JSON, passed as arguments. A call may take `timeout`
+    seconds, a turn four times that; then its thread is abandoned, for Python cannot end it."""
     texts = []
     refused = failed = 0
     deadline = time.monotonic() + 4 * timeout
     for call in calls:
-        outcome = _run(call, functions, min(timeout, deadline - time.monotonic()))
-        if isinstance(outcome, CallError):
-            refused += 1
-        elif isinstance(outcome, Exception):
-            failed += 1
-            if not isinstance(outcome, (ValueError, TimeoutError)):
-                _warn_once(f"the tool {call.name} failed, which is no fault of the model: {outcome!r}")
+        outcome = _wait_for(call, functions, min(timeout, deadline - time.monotonic()))
+        refused += isinstance(outcome, CallError)
+        failed += isinstance(outcome, Exception) and not isinstance(outcome, CallError)
+        if isinstance(outcome, Exception) and not isinstance(outcome, (ValueError, TimeoutError)):
+            _warn_once(f"the tool {call.name} failed, which is no fault of the model: {outcome!r}")
         text = f"error: {outcome}" if isinstance(outcome, Exception) else outcome
         text = SURROGATE.sub("\ufffd", text)
         texts.append(text if len(text) <= max_chars else text[:max_chars] + " … (cut)")
     return texts, refused, failed
 
-def _run(call, functions, timeout):
-    """The call's result as text, or the exception that stands in its place."""
+def _wait_for(call, functions, seconds):
+    """The call's result as text, or the exception in its place. A thread: signals work on the main one only."""
     outcome = [TimeoutError("the tool took too long")]
 
     def work():
         try:
-            outcome[0] = _call(call, functions)
+            outcome[0] = _run(call, functions)
         except Exception as error:  # whatever a tool raises, the training run goes on
             outcome[0] = error
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    thread.join(max(0.0, timeout))
+    thread.join(max(0.0, seconds))
     return outcome[0]
 
-def _call(call, functions):
+def _run(call, functions):
     if isinstance(call, CallError):
         raise call
     if call.name not in functions:
@@ -916,18 +889,14 @@ def _call(call, functions):
     except TypeError as error:
         raise InvalidArguments(str(error)) from None
     value = function(**call.arguments)
-    if inspect.iscoroutine(value):
-        value = asyncio.run(value)
-    if isinstance(value, str):
-        return value
+    value = asyncio.run(value) if inspect.iscoroutine(value) else value
     try:
-        return json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError) as error:
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    except ValueError as error:
         raise TypeError(f"it returned what JSON cannot hold: {error}") from None
 
 def offered(row, box):
-    """{name: callable} of a live episode: those of its box that the row offers, all where it lists none.
-    Raises ValueError if one is missing."""
+    """The functions of an episode's box that its row offers, or all where it lists none. Raises ValueError."""
     names = [tool["function"]["name"] for tool in row["tools"]] or list(box.functions)
     missing = [name for name in names if not callable(box.functions.get(name))]
     if missing:
@@ -986,8 +955,8 @@ class Chat:
 # ---- appendix: how the model is run ----
 
 class Engine:
-    """The plain way to run a causal language model: its own forward, its own cache, its own logits, each
-    prompt repeated for its completions. toy_tools/fast.py has one that keeps a group's prompt once."""
+    """The plain way to run a causal language model: its own forward, cache and logits, each prompt repeated
+    for its completions. toy_tools/fast.py has one that keeps a group's prompt once."""
 
     def __init__(self, model):
         self.model = model
@@ -1006,7 +975,7 @@ class Engine:
 
     @contextmanager
     def sampling(self):
-        """What holds while tokens are sampled: nothing is random but the sampling itself."""
+        """While tokens are sampled nothing is random but the sampling itself."""
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         with torch.no_grad(), autocast(self.model):
@@ -1081,20 +1050,9 @@ class Engine:
     def backward(self, loss):
         loss.backward()
 
-def token_logps(x, targets, temperature, head=None, chunk_elements=2**26):
-    """logp float32 [M] of targets [M] under softmax(logits / temperature).
-
-    x: logits [M, V], or hidden states [M, H] with their output layer `head`. Works in chunks whose float32
-    logits are made again in the backward pass, so that [M, V] floats never exist at once."""
-    def one(x, targets):
-        logits = (head(x) if head is not None else x).float() / temperature   # (m, V)
-        return -F.cross_entropy(logits, targets, reduction="none")            # (m,)
-
-    size = max(1, chunk_elements // (head.weight.shape[0] if head is not None else x.shape[-1]))
-    if len(x) <= size:
-        return one(x, targets)
-    parts = zip(x.split(size), targets.split(size))
-    return torch.cat([checkpoint(one, a, b, use_reentrant=False) for a, b in parts])
+def token_logps(logits, targets, temperature):
+    """logp float32 [M] of targets int64 [M] under softmax(logits [M, V] / temperature)."""
+    return -F.cross_entropy(logits.float() / temperature, targets, reduction="none")
 
 def left_pad(prompts, device):
     """P id lists -> ids int64 [P, Lp], mask bool [P, Lp]; the last prompt token stands in the last column."""

@@ -9,7 +9,7 @@ vocabulary, so that every completion takes its full length), random rewards that
 turns. Each arm is run once before the clock starts. Shapes are PROMPTxCOMPLETIONxGROUPxPROMPTS in tokens, completions and prompts; a
 trailing `r` makes completions end early, at the same ragged lengths in every arm (rollouts only).
 
-  ours      rest.rollout, rest.token_weights, rest.update, with each prompt shared by its group
+  ours      rest.rollout, rest.WEIGHTS, rest.update, with each prompt shared by its group
   compiled  the same with the decoding step compiled by torch.compile (about a minute before the clock starts)
   eager     the same without a CUDA graph (GPU only)
   plain     the same without sharing (--shared-prefix False): the model's own attention and cache
@@ -51,6 +51,7 @@ from transformers import (GenerationConfig, LlamaConfig, LlamaForCausalLM, Logit
                           Qwen3ForCausalLM, TrainerCallback)
 
 import rest
+from toy_tools import fast
 from toy_tools.policy import build_model, load_model
 
 ARMS = ("ours", "compiled", "eager", "plain", "generate", "trl")
@@ -131,6 +132,9 @@ class RaggedEnds(LogitsProcessor):
 def make_ours(setting, shared=True, graph=True, compiled=False):
     """step(repeat) -> {rollout_s, update_s, tokens} of rest.py."""
     model = setting.model()
+    engine, chat = fast.engine(model, shared, graph, compiled), rest.Chat(setting.tokenizer)
+    chat.end_ids = {setting.eos}
+    asked = dict(vars(engine))  # of the graph and the compilation, given up where they fail
     torch.compiler.reset()  # it would not see the hook below on a model like one compiled before
     if setting.ragged:  # a constant chance of the end token, whatever the weights say
         chance, eos = 1 / (MEAN_LENGTH * setting.length), torch.tensor(setting.eos, device=setting.args.device)
@@ -138,19 +142,18 @@ def make_ours(setting, shared=True, graph=True, compiled=False):
         def end_sometimes(module, inputs, logits):  # no tensor is made from a number here: a CUDA graph could not hold it
             logits[..., setting.eos] = logits.float().index_fill(-1, eos, -torch.inf).logsumexp(-1) + math.log(chance / (1 - chance))
             return logits
-        rest.can_share(model)
         model.get_output_embeddings().register_forward_hook(end_sometimes)
-    cfg = rest.Config(prompts=setting.prompts, group=setting.group, max_completion_tokens=setting.length, shared_prefix=shared, cuda_graph=graph,
-                      compile_decode=compiled, temperature=setting.args.temperature, learning_rate=LEARNING_RATE,
+    cfg = rest.Config(prompts=setting.prompts, group=setting.group, max_completion_tokens=setting.length,
+                      temperature=setting.args.temperature, learning_rate=LEARNING_RATE,
                       **({"micro_batch_tokens": setting.args.micro_batch_tokens} if setting.args.micro_batch_tokens else {}))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     rows = [{"messages": [{"role": "user", "content": text}], "tools": []} for text in setting.texts]
 
     def step(repeat):
         start = clock(setting)
-        batch = rest.rollout(model, setting.tokenizer, rows, cfg, seed=repeat)
+        batch = rest.rollout(engine, chat, rows, cfg, seed=repeat)
         middle = clock(setting)
-        if getattr(model, "_rest_refused", None):
+        if any(getattr(engine, name, None) != asked.get(name) for name in ("graph", "compiled")):
             raise RuntimeError("the decoding step could not be captured or compiled (see the warning above): leave this arm out by --arms")
         setting.check(batch.prompts, batch.length.tolist())
         setting.lengths = batch.length
@@ -158,9 +161,9 @@ def make_ours(setting, shared=True, graph=True, compiled=False):
             return {"rollout_s": middle - start, "tokens": int(batch.length.sum())}
         rewards = torch.rand(setting.prompts, setting.group, generator=torch.Generator().manual_seed(repeat)).to(batch.tokens.device)
         advantages = rest.group_advantages(rewards).flatten()
-        region, touched = rest.token_regions(setting.tokenizer, batch, rest.eos_ids(model, setting.tokenizer))
-        weight = rest.token_weights(region, touched, batch.entropy, batch.sampled, cfg, step=0)
-        metrics = rest.update(model, optimizer, batch, advantages, weight, cfg)
+        batch.region, batch.covers = rest.token_regions(batch, chat)
+        weight = rest.WEIGHTS[cfg.method](batch, cfg, 0.0)
+        metrics = rest.update(engine, optimizer, batch, advantages, weight, cfg)
         if metrics["skipped_updates"]:
             raise RuntimeError("the update was skipped: its loss or gradient was not finite")
         return {"rollout_s": middle - start, "update_s": clock(setting) - middle, "tokens": int(batch.length.sum()), "kl": metrics["kl"]}

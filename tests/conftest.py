@@ -17,6 +17,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+import rest
+
 TOOL = {"type": "function", "function": {"name": "add", "description": "adds", "parameters": {
     "type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}, "required": ["a", "b"]}}}
 CALL = '<think>sum</think><tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
@@ -100,6 +102,17 @@ def scripted_turns(tokenizer, texts, sharp=30.0):
     return ScriptedModel(script, len(tokenizer))
 
 
+def roll(model, tokenizer, rows, cfg, engine=None, **options):
+    """rest.rollout of a model (by the plain engine) and a tokenizer (by the plain chat)."""
+    return rest.rollout((engine or rest.Engine)(model), rest.Chat(tokenizer), rows, cfg, **options)
+
+
+def step_of(model, tokenizer, rows, cfg, step=0, **options):
+    """rest.train_step of a model and a tokenizer by plain SGD: (metrics, Rollout, weight)."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return rest.train_step(rest.Engine(model), rest.Chat(tokenizer), optimizer, rows, cfg, step, **options)
+
+
 def adder(row=None):
     """The live environment of ROW."""
     return SimpleNamespace(functions={"add": lambda a, b: a + b})
@@ -113,7 +126,7 @@ def opened_template(tokenizer):
     return opened
 
 
-def by_text(texts, row):
+def by_text(texts, row, refused=0):
     """A score that tells any two completions apart, so that even a random policy has a gradient:
     with the real one all of its completions score the same and no weight moves."""
     x = zlib.crc32("".join(texts).encode())

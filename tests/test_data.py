@@ -124,9 +124,9 @@ def test_folder_through_datasets(tmp_path, monkeypatch):
     ({**ROW, "demo": [{"think": 3}]}, "must be texts"), ({**ROW, "demo": [{"thought": "x"}]}, "'thought', which is not understood"),
     ({**ROW, "category": 3}, "category must be a text"), ({**ROW, "target": ["x"]}, "target must be a text"),
     ({**ROW, "gold": ROW["gold"] * 2, "observations": [["3"]], "target": "x"}, "use demo"),
-    ({**ROW, "blocks": [["think", "response"]]}, "exclude each other"), ({**ROW, "blocks": [["thnk"]]}, "a list of think"),
-    ({**ROW, "blocks": [["think", "tool_call"], []]}, "blocks has 2 turns"), ({**ROW, "gold": "[[}"}, "gold is a text, and so must be JSON"),
-    ({**ROW, "blocks": [3]}, "a list of think"), ({**ROW, "demo": 3}, "structure"), (3, "not a JSON object")])
+    ({**ROW, "blocks": [["think", "response"]]}, "have no tool_call"), ({**ROW, "blocks": [["thnk"]]}, "a list of think"),
+    ({**ROW, "blocks": [["think", "tool_call"], []]}, "blocks has 2 turns"), ({**ROW, "gold": "[[}"}, "gold: a text here must be JSON"),
+    ({**ROW, "blocks": [[]]}, "a list of think"), ({**ROW, "blocks": [3]}, "a list of think"), ({**ROW, "demo": 3}, "structure"), (3, "not a JSON object")])
 def test_malformed_rows_are_named(tmp_path, capsys, bad, reason):
     file = write(tmp_path / "a.jsonl", ROW, "", bad, ROW)  # the empty line counts as a line, not as a row
     with pytest.raises(ValueError, match="1 of 3 rows are malformed:\n  line 3: .*" + re.escape(reason)):
@@ -287,7 +287,7 @@ FIRST, SECOND = {"role": "tool", "content": "3", "tool_call_id": "c1"}, {"role":
     ([USER, {"role": "assistant", "content": "x", "audio": {"id": "a"}}, DONE], "message 2 (assistant) has 'audio'"),
     ([USER, {"role": "assistant", "content": "x", "weight": 0}, DONE], "'weight'"), ([USER, {"role": "assistant", "content": None}, DONE], "a text"),
     ([USER, {"role": "assistant", "tool_calls": [{"type": "custom", "custom": {"name": "x"}}]}, DONE], "'custom'"),
-    ([USER, {"role": "assistant", "tool_calls": [openai_call("c", "add", "{")]}, DONE], "must be an object or JSON text"),
+    ([USER, {"role": "assistant", "tool_calls": [openai_call("c", "add", "{")]}, DONE], "the arguments of call 1 of message 2 (assistant): a text here must be JSON"),
     ([USER, {"role": "assistant", "tool_calls": [openai_call("c", "add", "[1]")]}, DONE], "needs a name and an object"),
     ([USER, {"role": "assistant", "tool_calls": [openai_call("c", "add", '{"a": 1, "a": 2}')]}, DONE], "the key 'a' stands twice")])
 def test_dialogues_that_are_not_understood_are_refused(tmp_path, messages, reason):
@@ -329,7 +329,7 @@ def test_every_optional_key_of_a_tool_may_be_missing(tmp_path, tool, tokenizer):
     ([{"name": 3}], "tool 1"), ([FUNCTION, {"type": "web_search"}], "tool 2"), ([{**FUNCTION, "type": "custom"}], "tool 1"), (["add"], "tool 1"),
     ({"add": FUNCTION}, "tools must be a list"), ([FUNCTION, ROW["tools"][0]], "tool 'add' is offered twice"),
     ([{"name": "add", "input_schema": {"type": "object"}}], "rename it to 'parameters'"),
-    ([{"name": "add", "parameters": []}], "must be a JSON schema"), ([{"name": "add", "parameters": "{"}], "must be JSON")])
+    ([{"name": "add", "parameters": []}], "must be a JSON schema"), ([{"name": "add", "parameters": "{"}], "the parameters of tool 'add': a text here must be JSON")])
 def test_tools_that_are_not_understood_are_refused(tmp_path, tools, reason):
     with pytest.raises(ValueError, match="line 2: .*" + re.escape(reason)):
         load_rows(write(tmp_path / "a.jsonl", ROW, {**ROW, "tools": tools}))
@@ -443,7 +443,7 @@ def test_a_row_that_breaks_off_does_not_swallow_the_next(tmp_path):
         with pytest.raises(ValueError, match=f"line 3: not valid JSON: .*({reason})"):
             load_rows(write(tmp_path / "b.jsonl", ROW, ROW, cut))
     broken = json.dumps(ROW, indent=1).replace('"gold": [', '"gold": [,')
-    with pytest.raises(ValueError, match=rf"line 1: not valid JSON: Expecting value at column \d+ of line {broken[:broken.index('[,')].count(chr(10)) + 1}; "):
+    with pytest.raises(ValueError, match=rf"line 1: not valid JSON: Expecting value \(line {broken[:broken.index('[,')].count(chr(10)) + 1}, column \d+\); a row is one line"):
         load_rows(write(tmp_path / "c.jsonl", broken, ROW))
 
 

@@ -3,17 +3,21 @@ completion at a time; and what the loss must not depend on. Where a test pins a 
 
 import copy
 import math
+import statistics
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import llama, qwen3
+from conftest import ROW, llama, qwen3
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import rest
 from rest import NAME, PARAMS, SCAFFOLD, TAG, TEXT, THOUGHT
+from toy_tools import fast
 
 P, G, T, V = 3, 4, 9, 40
+ROWS = list(range(P * G))
+ENGINES = {"plain": rest.Engine, "shared": fast.SharedEngine}
 AGGREGATIONS = ("sequence", "token", "constant")
 
 
@@ -45,8 +49,9 @@ class Recorder:
 
 
 def make_batch(model, seed=0, temperature=0.7, off_policy=0.3):
-    """A Rollout of random tokens: ragged prompts and lengths, a forced stretch inside some rows, behaviour logps off by up to `off_policy`,
-    so that some ratios are clipped; with regions, touched masks and advantages. One group has advantage 0."""
+    """(Rollout, advantages) of random tokens: ragged prompts and lengths, a forced stretch inside some rows, behaviour
+    logps off by up to `off_policy`, so that some ratios are clipped; with regions, two to a token. One group has
+    advantage 0."""
     g = torch.Generator().manual_seed(seed)
     prompts = [torch.randint(0, V, (n,), generator=g).tolist() for n in (5, 2, 7)]
     length = torch.randint(3, T + 1, (P * G,), generator=g)
@@ -61,11 +66,23 @@ def make_batch(model, seed=0, temperature=0.7, off_policy=0.3):
     entropy = torch.where(sampled, 2 * torch.rand(logp.shape, generator=g), 0.0)
     region = torch.where(sampled, torch.randint(0, 6, logp.shape, generator=g), -1)
     extra = torch.randint(0, 6, logp.shape, generator=g)
-    touched = torch.where(sampled, (1 << region.clamp(min=0)) | (1 << extra), 0)
+    covers = (torch.stack([region, extra]).unsqueeze(-1) == torch.arange(6)).any(0) & sampled[..., None]
     advantages = torch.randn(P * G, generator=g)
     advantages[G:2 * G] = 0
-    batch = rest.Rollout([{}] * P, prompts, G, tokens, sampled, logp, entropy, length, torch.zeros(P * G, dtype=torch.bool), None, None)
-    return batch, region, touched, advantages
+    batch = rest.Rollout([{}] * P, prompts, G, tokens, sampled, logp, entropy, length,
+                         torch.zeros(P * G, dtype=torch.bool), None, None, region=region, covers=covers)
+    return batch, advantages
+
+
+def flat(parameters):
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+
+
+def labelled(region, entropy=None):
+    """What the weights read of a Rollout, for tokens of one region each; -1 is not sampled."""
+    entropy = torch.zeros(region.shape) if entropy is None else entropy
+    covers = region[..., None] == torch.arange(6)
+    return SimpleNamespace(region=region, covers=covers, entropy=entropy, logp=-entropy, sampled=region >= 0)
 
 
 def reference_logp(model, prompt, tokens, temperature):
@@ -76,8 +93,9 @@ def reference_logp(model, prompt, tokens, temperature):
     return torch.stack([log_p[t, x] for t, x in enumerate(tokens.tolist())]), log_p.exp()
 
 
-def reference_weights(method, batch, region, touched, step, steps, a=0.5, low=0.2, high=5.0, floor=0.05):
+def reference_weights(method, batch, step, steps, a=0.5, low=0.2, high=5.0, floor=0.05):
     """The weights of all methods, with loops over Python floats."""
+    region = batch.region
     where = [(i, t) for i in range(P * G) for t in range(T) if batch.sampled[i, t]]
     w = {}
     if method in ("grpo", "dr-grpo"):
@@ -86,10 +104,17 @@ def reference_weights(method, batch, region, touched, step, steps, a=0.5, low=0.
         count = max(1, round(0.2 * len(where)))
         least = sorted((float(batch.entropy[it]) for it in where), reverse=True)[count - 1]
         w = {it: float(float(batch.entropy[it]) >= least) for it in where}
+    elif method == "low-prob":
+        w = {it: 0.2 * math.exp(batch.logp[it]) + 0.8 for it in where}
+    elif method == "token-entropy":
+        w = {it: 1 / (1 - math.exp(-max(floor, float(batch.entropy[it])))) for it in where}
+    elif method == "entropy-up":
+        h = [float(batch.entropy[it]) for it in where]
+        w = {it: max(0.0, 1 + 0.2 * (float(batch.entropy[it]) - statistics.mean(h)) / statistics.stdev(h)) for it in where}
     elif method == "rest-official":
         clock = 0.6 + 0.002 * step
         table = {TAG: 1.0, NAME: 1.2, PARAMS: min(1.2, clock), THOUGHT: min(1.0, clock), SCAFFOLD: 0.0, TEXT: 0.0}
-        w = {it: max(table[r] for r in range(6) if int(touched[it]) >> r & 1) for it in where}
+        w = {it: max(table[r] for r in range(6) if batch.covers[it][r]) for it in where}
     else:
         def family(r):
             return TAG if r == SCAFFOLD else r
@@ -131,9 +156,14 @@ def reference_gradient(model, batch, advantages, weight, cfg):
     return torch.cat([p.grad.flatten() for p in model.parameters()]), loss.item()
 
 
-def gradient(model, batch, advantages, weight, cfg):
+def weigh(batch, cfg, step):
+    return rest.WEIGHTS[cfg.method](batch, cfg, step / cfg.steps)
+
+
+def gradient(model, batch, advantages, weight, cfg, engine=fast.SharedEngine):
+    """The gradient that rest.update gives to the optimiser, and its metrics."""
     recorder = Recorder(model)
-    metrics = rest.update(model, recorder, batch, advantages, weight, cfg)
+    metrics = rest.update(engine(model), recorder, batch, advantages, weight, cfg)
     return recorder.grads[-1], metrics
 
 
@@ -148,14 +178,18 @@ def close(a, b, tolerance=2e-5):
 # ----------------------------------------------------------------------------------------------------- against the equations
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-@pytest.mark.parametrize("method", rest.METHODS)
+@pytest.mark.parametrize("method", rest.WEIGHTS)
 def test_gradient_and_loss_follow_the_equations(method, aggregation):
     """Every method and aggregation, at progress 0.4: weights, loss and gradient of the real update equal the float64 reference (relative
     error below 2e-5, float32 rounding), with ragged prompts, forced tokens, clipped ratios and T != 1."""
     model, cfg = qwen3(V), config(method=method, aggregation=aggregation)
-    batch, region, touched, advantages = make_batch(model)
-    weight = rest.token_weights(region, touched, batch.entropy, batch.sampled, cfg, step=4)
-    expected = reference_weights(method, batch, region, touched, 4, 10)
+    batch, advantages = make_batch(model)
+    weight = weigh(batch, cfg, 4)
+    expected = reference_weights(method, batch, 4, 10)
+    if method == "shuffled":  # ResT's weights, each completion's in another order
+        assert torch.allclose(weight.double().sort(1).values, expected.sort(1).values, atol=1e-5)
+        assert not torch.allclose(weight.double(), expected, atol=1e-2) and (weight[~batch.sampled] == 0).all()
+        expected = weight.double()
     assert torch.allclose(weight.double(), expected, atol=1e-5)
     g, metrics = gradient(model, batch, advantages, weight, cfg)
     reference, loss = reference_gradient(model, batch, advantages, expected, cfg)
@@ -164,9 +198,9 @@ def test_gradient_and_loss_follow_the_equations(method, aggregation):
 
 def test_weights_average_one_in_every_completion():
     """Per-completion mean 1 over sampled tokens; over the positively weighted ones for rest-official; 0 outside."""
-    for method in rest.METHODS:
-        batch, region, touched, _ = make_batch(qwen3(V))
-        weight = rest.token_weights(region, touched, batch.entropy, batch.sampled, config(method=method), step=7)
+    for method in rest.WEIGHTS:
+        batch, _ = make_batch(qwen3(V))
+        weight = weigh(batch, config(method=method), 7)
         assert (weight[~batch.sampled] == 0).all() and (weight >= 0).all()
         for row, mask in zip(weight, batch.sampled):
             kept = row[mask & (row > 0)] if method == "rest-official" else row[mask]
@@ -190,22 +224,20 @@ def test_every_weight_option_matters(field, value):
     """None of them is read and forgotten on the way from the command line to the weights."""
     g = torch.Generator().manual_seed(0)
     region = torch.randint(0, 6, (3, 40), generator=g)
-    mask = torch.ones(3, 40, dtype=torch.bool)
     entropy = torch.rand(3, 40, generator=g) + region / 3
     method = "top-entropy" if field.startswith("top") else "rest"
 
     def weights(**options):
-        return rest.token_weights(region, 1 << region, entropy, mask,
-                                  rest.Config(method=method, **options), 40)
+        return weigh(labelled(region, entropy), rest.Config(method=method, **options), 40)
     assert not torch.allclose(weights(), weights(**{field: value}), atol=1e-3)
 
 
 def test_the_official_clock_stops():
     """Parameters at 1.2, thoughts at 1.0, however long the run."""
-    touched = torch.tensor([[1 << NAME, 1 << PARAMS, 1 << THOUGHT, 1 << TAG]])
+    batch = labelled(torch.tensor([[NAME, PARAMS, THOUGHT, TAG]]))
     for step, params, thought in ((0, 0.6, 0.6), (250, 1.1, 1.0), (1000, 1.2, 1.0)):
         w = torch.tensor([1.2, params, thought, 1.0])
-        got = rest.official_weights(touched, touched > 0, step)[0]
+        got = weigh(batch, config(method="rest-official", steps=2000), step)[0]
         assert torch.allclose(got, w / w.mean(), atol=1e-6)
 
 
@@ -213,12 +245,13 @@ def test_the_official_clock_stops():
 def test_equal_weights_are_grpo_bit_for_bit(aggregation):
     """When all regions have the same entropy and there is no curriculum, rest's weights are exactly 1.0 and its gradient is grpo's, bit for bit."""
     model = qwen3(V)
-    batch, region, touched, advantages = make_batch(model)
-    even = torch.where(batch.sampled, 0.75, 0.0)  # sums of 0.75 are exact
-    weights = [rest.token_weights(region, touched, even, batch.sampled, config(method=m), step=5) for m in ("rest-static", "grpo")]
-    assert torch.equal(*weights) and set(weights[0].unique().tolist()) == {0.0, 1.0}
-    a, b = (gradient(model, batch, advantages, w, config(method=m, aggregation=aggregation))[0] for w, m in zip(weights, ("rest-static", "grpo")))
-    assert torch.equal(a, b)
+    batch, advantages = make_batch(model)
+    batch.entropy = torch.where(batch.sampled, 0.75, 0.0)  # sums of 0.75 are exact
+    weights = {method: weigh(batch, config(method=method), 5) for method in ("rest-static", "grpo")}
+    assert torch.equal(*weights.values()) and set(weights["grpo"].unique().tolist()) == {0.0, 1.0}
+    a, b = (gradient(model, batch, advantages, weight, config(method=method, aggregation=aggregation))[0]
+            for method, weight in weights.items())
+    assert torch.equal(a, b) and a.norm() > 0
 
 
 def test_on_policy_the_gradient_is_reinforce():
@@ -232,15 +265,15 @@ def test_on_policy_the_gradient_is_reinforce():
     assert torch.allclose(logp.grad, coefficient, rtol=1e-6) and loss.item() == pytest.approx(float(coefficient.sum()), rel=1e-5)
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_with_the_samplers_logps_the_ratio_is_one(tokenizer, shared):
+@pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
+def test_with_the_samplers_logps_the_ratio_is_one(tokenizer, engine):
     """Pitfall 5. Right after the rollout, at T = 0.7, the ratio is 1 within 1e-5; scored at T = 1 (the broken variant) it is not."""
-    from conftest import ROW
-    model = qwen3()
-    batch = rest.rollout(model, tokenizer, [ROW, {**ROW, "tools": []}], config(max_completion_tokens=24), seed=1)
+    run = engine(qwen3())
+    rows = [ROW, {**ROW, "tools": []}]
+    batch = rest.rollout(run, rest.Chat(tokenizer), rows, config(max_completion_tokens=24), seed=1)
     for temperature, same in ((0.7, True), (1.0, False)):
-        logp = rest.completion_logps(model, batch.prompts, batch.tokens.view(2, G, -1), temperature, shared)
-        error = (logp.flatten(0, 1) - batch.logp)[batch.sampled].exp().sub(1).abs().max()
+        logp = run.logps(batch, list(range(2 * G)), temperature)
+        error = (logp - batch.logp)[batch.sampled].exp().sub(1).abs().max()
         assert (error < 1e-5) == same
 
 
@@ -257,7 +290,7 @@ def test_clipping_zeroes_exactly_the_right_tokens():
 def test_clip_is_the_configured_one():
     """Another epsilon, another gradient."""
     model = qwen3(V)
-    batch, _, _, advantages = make_batch(model)
+    batch, advantages = make_batch(model)
     wide, narrow = (gradient(model, batch, advantages, torch.ones(P * G, T), config(clip=c))[0]
                     for c in (0.2, 0.05))
     assert not close(wide, narrow, 1e-2)
@@ -266,7 +299,7 @@ def test_clip_is_the_configured_one():
 def test_one_advantage_of_zero_does_not_drop_its_group():
     """Only groups whose advantages are all zero need no forward."""
     model = qwen3(V)
-    batch, _, _, advantages = make_batch(model)
+    batch, advantages = make_batch(model)
     advantages[[1, 2 * G]] = 0.0
     weight = rest.normalise_weights(torch.ones(P * G, T), batch.sampled)
     g, _ = gradient(model, batch, advantages, weight, config())
@@ -278,9 +311,9 @@ def test_nothing_but_logp_carries_gradient_and_inputs_stay():
     g = torch.Generator().manual_seed(1)
     logp, old, w = (torch.randn(3, 4, generator=g).requires_grad_() for _ in range(3))
     A, entropy, mask = torch.randn(3, generator=g).requires_grad_(), torch.rand(3, 4, generator=g).requires_grad_(), torch.rand(3, 4, generator=g) > 0.2
-    region = torch.randint(0, 6, (3, 4), generator=g)
+    region = torch.where(mask, torch.randint(0, 6, (3, 4), generator=g), -1)
     before = [x.detach().clone() for x in (logp, old, w, A, entropy, mask, region)]
-    weight = rest.token_weights(region, 1 << region, entropy, mask, config(), step=3)
+    weight = weigh(labelled(region, entropy), config(), 3)
     assert not weight.requires_grad
     rest.policy_loss(logp, old, A, w, mask, torch.ones(3), 0.2).backward()
     assert logp.grad is not None and all(x.grad is None for x in (old, w, A, entropy))
@@ -293,11 +326,12 @@ def test_surprising_batches_stay_finite():
     residue = (torch.full((1, 12), 0.3) - torch.full((1, 12), 0.3).mean()) / 1e-8
     assert residue.abs().max() > 0.5  # the broken variant: float residue over a tiny delta
     region = torch.tensor([[0, 0, 3], [-1, -1, -1]])
-    for mask in (region >= 0, torch.zeros(2, 3, dtype=torch.bool)):
-        for method in rest.METHODS:
-            if method == "top-entropy" and not mask.any():
-                continue
-            weight = rest.token_weights(region, torch.where(region >= 0, 1 << region.clamp(min=0), 0), torch.zeros(2, 3), mask, config(method=method), 2)
+    for region in (region, torch.full((2, 3), -1)):
+        mask = region >= 0
+        for method in rest.WEIGHTS:
+            if not mask.any() and method in ("top-entropy", "entropy-up"):
+                continue  # a batch has sampled tokens: these two rank or standardise them
+            weight = weigh(labelled(region), config(method=method), 2)
             for aggregation in AGGREGATIONS:
                 scale = rest.loss_scale(mask, weight, aggregation, 8)
                 loss = rest.policy_loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2), weight, mask, scale, 0.2)
@@ -306,88 +340,109 @@ def test_surprising_batches_stay_finite():
 
 # ------------------------------------------------------------------------------------------------- which positions are trained
 
-def test_forced_and_padding_positions_get_exactly_no_gradient_and_the_end_token_does():
-    """Pitfalls 1, 2 and 4 on the logits of a model whose pad id is its end id. d loss/d logits is 0 at every forced or padding position,
-    not 0 at every sampled one, the end token included; row t - 1 of the logits answers for token t. Broken variants: masking by the pad id
-    kills the end token, an inverted or missing mask trains forced tokens, a shift trains the neighbour."""
-    model, end = qwen3(V), 0  # padding is filled with 0: pad == eos
-    batch, _, _, advantages = make_batch(model, off_policy=0.0)
-    for i in range(P * G):
-        batch.tokens[i, batch.length[i] - 1] = end
+@pytest.fixture
+def trained():
+    """(batch, trained(mask)): at which columns d loss / d logits is not 0, row t - 1 of the logits answering for token
+    t, if the loss is given this mask. Every completion ends with id 0, with which padding is filled: pad == eos."""
+    model = qwen3(V)
+    batch, advantages = make_batch(model, off_policy=0.0)
+    batch.tokens[torch.arange(P * G), batch.length - 1] = 0
+    advantages = torch.where(advantages == 0, 1.0, advantages)
     weight = rest.normalise_weights(torch.ones(P * G, T), batch.sampled)
-    ids, scale = batch.tokens.view(P, G, T), rest.loss_scale(batch.sampled, weight, "sequence", T)
+    scale = rest.loss_scale(batch.sampled, weight, "sequence", T)
+    engine = rest.Engine(model)
+    old = engine.logps(batch, ROWS, 0.7).detach()
     kept = {}
 
     def keep(module, args, output):
         output.retain_grad()
         kept["logits"] = output
-    with torch.no_grad():
-        old = rest.completion_logps(model, batch.prompts, ids, 0.7, shared=False).flatten(0, 1)
-    advantages = torch.where(advantages == 0, 1.0, advantages)
 
     def trained(mask):
         handle = model.lm_head.register_forward_hook(keep)
-        logp = rest.completion_logps(model, batch.prompts, ids, 0.7, shared=False).flatten(0, 1)
+        logp = engine.logps(batch, ROWS, 0.7)
         handle.remove()
-        rest.policy_loss(logp, old, advantages, weight, mask, scale, 0.2).backward()
+        rest.policy_loss(logp, old, advantages, torch.ones(P * G, T), mask, scale, 0.2).backward()
         return kept["logits"].grad[:, -T - 1:-1].abs().sum(-1) > 0
-    assert torch.equal(trained(batch.sampled), batch.sampled)
-    last = batch.length - 1
-    assert trained(batch.sampled)[torch.arange(P * G), last].all()
-    assert not trained(batch.sampled & (batch.tokens != end))[torch.arange(P * G), last].any()
-    weight = torch.ones(P * G, T)
-    assert not torch.equal(trained(~batch.sampled), batch.sampled) and not torch.equal(trained(torch.ones_like(batch.sampled)), batch.sampled)
-    assert not torch.equal(trained(batch.sampled.roll(1, 1)), batch.sampled)
-    forced = (~batch.sampled & (torch.arange(T) < batch.length[:, None])).nonzero()[0]
-    other = ids.clone().flatten(0, 1)
-    other[forced[0], forced[1]] = (other[forced[0], forced[1]] + 1) % V
-    changed = rest.completion_logps(model, batch.prompts, other.view(P, G, T), 0.7, shared=True).flatten(0, 1)
-    assert not torch.allclose(changed[forced[0], forced[1] + 1], old[forced[0], forced[1] + 1])  # later tokens attend to forced ones
+    return batch, trained
 
 
-@pytest.mark.parametrize("shared", [True, False])
+def test_exactly_the_sampled_positions_are_trained(trained):
+    """Pitfalls 1, 2 and 4: nothing at forced and padding positions, something at every sampled one."""
+    batch, trained = trained
+    assert torch.equal(trained(batch.sampled), batch.sampled) and batch.sampled.any() and not batch.sampled.all()
+
+
+def test_the_end_token_is_trained_though_padding_has_its_id(trained):
+    """Pitfall 1. Broken variant: a mask made from the pad id drops the end token."""
+    batch, trained = trained
+    last = torch.arange(P * G), batch.length - 1
+    assert trained(batch.sampled)[last].all()
+    assert not trained(batch.sampled & (batch.tokens != 0))[last].any()
+
+
+@pytest.mark.parametrize("wrong", [lambda mask: ~mask, torch.ones_like, lambda mask: mask.roll(1, 1)],
+                         ids=["inverted", "missing", "shifted"])
+def test_a_wrong_mask_would_be_seen(trained, wrong):
+    """Pitfalls 2 and 4. Broken variants: an inverted or a missing mask trains forced tokens, a shifted one neighbours."""
+    batch, trained = trained
+    assert not torch.equal(trained(wrong(batch.sampled)), batch.sampled)
+
+
+@pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
+def test_later_tokens_attend_to_forced_ones(engine):
+    """Pitfall 2: no gradient at a forced token, yet what follows has seen it."""
+    run = engine(qwen3(V))
+    batch, _ = make_batch(run.model)
+    before = run.logps(batch, ROWS, 0.7)
+    i, t = (~batch.sampled & (torch.arange(T) < batch.length[:, None])).nonzero()[0].tolist()
+    batch.tokens[i, t] = (batch.tokens[i, t] + 1) % V
+    after = run.logps(batch, ROWS, 0.7)
+    assert not torch.allclose(after[i, t + 1], before[i, t + 1])
+
+
+@pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
 @pytest.mark.parametrize("name", MODELS)
-def test_logps_equal_the_reference(name, shared):
-    """Pitfall 4: position-dependent logits. The logps of both forwards equal the unpadded float64 reference; shifted by one they don't."""
+def test_logps_equal_the_reference(name, engine):
+    """Pitfall 4: position-dependent logits. The logps of both engines equal the unpadded float64 reference; shifted by one they don't."""
     model = MODELS[name]()
-    batch, *_ = make_batch(model)
-    assert rest.can_share(model)
-    logp = rest.completion_logps(model, batch.prompts, batch.tokens.view(P, G, T), 0.7, shared)
+    batch, _ = make_batch(model)
+    logp = engine(model).logps(batch, ROWS, 0.7)
     double = copy.deepcopy(model).double()
     for i in range(P * G):
         n = int(batch.length[i])
         expected, _ = reference_logp(double, batch.prompts[i // G], batch.tokens[i, :n], 0.7)
-        mine = logp.flatten(0, 1)[i, :n].double()
+        mine = logp[i, :n].double()
         assert torch.allclose(mine, expected, atol=1e-4) and not torch.allclose(mine[1:], expected[:-1], atol=1e-2)
 
 
 # --------------------------------------------------------------------------------------- what the gradient must not depend on
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_micro_batches_keep_to_the_budget_with_their_padding(shared):
-    """Random batches: every completion once; no forward above the budget, counted as padded, with a prompt for each group or for each
-    completion, unless it is a single completion."""
+def random_lengths(g, prompts=12, group=4):
+    length = torch.randint(1, 160, (prompts * group,), generator=g)
+    ids = [[0] * int(n) for n in torch.randint(1, 100, (prompts,), generator=g)]
+    return SimpleNamespace(group=group, length=length, prompts=ids)
+
+
+@pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
+def test_micro_batches_keep_to_the_budget_with_their_padding(engine):
+    """Random batches: every completion once; no forward above the budget, counted as padded, with a prompt for each group (shared)
+    or for each completion, unless it is a single completion. Shared, a part has equally many of each of its groups, together."""
     g = torch.Generator().manual_seed(0)
+    run = engine(qwen3())
     for budget in (50, 300, 2000):
-        length = torch.randint(1, 160, (48,), generator=g)
-        batch = SimpleNamespace(group=4, length=length, prompts=[[0] * int(n) for n in torch.randint(1, 100, (12,), generator=g)])
-        parts = rest.micro_batches(batch, [p for p in range(12) if p != 5], budget, shared)
-        assert sorted((p, i) for part in parts for p, members in part for i in members) == [(p, i) for p in range(12) if p != 5 for i in range(4)]
+        batch = random_lengths(g)
+        used = [p for p in range(12) if p != 5]
+        parts = run.micro_batches(batch, used, budget)
+        assert sorted(row for part in parts for row in part) == [p * 4 + i for p in used for i in range(4)]
         for part in parts:
-            prompt, completion = max(len(batch.prompts[p]) for p, _ in part), max(int(length[p * 4 + i]) for p, members in part for i in members)
-            copies = len(part[0][1])
-            tokens = len(part) * (prompt + copies * completion) if shared else len(part) * copies * (prompt + completion)
-            assert tokens <= budget or (len(part) == copies == 1)
-
-
-@pytest.mark.parametrize("shared", [True, False])
-def test_micro_batches_never_mix_groups_with_different_numbers_of_members(shared):
-    """Their tensors would have no shape [P, G, T]."""
-    batch = SimpleNamespace(group=4, length=torch.tensor([9] * 4 + [10] * 4),
-                            prompts=[[0] * 3, [0] * 3])
-    for budget in range(10, 120):
-        for part in rest.micro_batches(batch, [0, 1], budget, shared):
-            assert len({len(members) for _, members in part}) == 1, (budget, part)
+            groups = list(dict.fromkeys(row // 4 for row in part))
+            prompt, completion = max(len(batch.prompts[p]) for p in groups), max(batch.length[part].tolist())
+            copies = len(groups) if engine is fast.SharedEngine else len(part)
+            assert copies * prompt + len(part) * completion <= budget or len(part) == 1
+            if engine is fast.SharedEngine:
+                n = len(part) // len(groups)
+                assert [row // 4 for row in part] == [p for p in groups for _ in range(n)]
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -395,8 +450,8 @@ def test_micro_batches_do_not_change_the_gradient(aggregation):
     """Pitfall 6. Budgets from one completion a forward to all at once: the same gradient within 1e-5. Dividing by each micro-batch's own sums, as
     the authors' code does, changes it by more than 1%."""
     model = qwen3(V)
-    batch, region, touched, advantages = make_batch(model)
-    weight = rest.token_weights(region, touched, batch.entropy, batch.sampled, config(), 4)
+    batch, advantages = make_batch(model)
+    weight = weigh(batch, config(), 4)
     whole, _ = gradient(model, batch, advantages, weight, config(aggregation=aggregation, micro_batch_tokens=10**6))
     for budget in (1, 20, 30, 60):
         assert close(gradient(model, batch, advantages, weight, config(aggregation=aggregation, micro_batch_tokens=budget))[0], whole, 1e-5)
@@ -404,9 +459,10 @@ def test_micro_batches_do_not_change_the_gradient(aggregation):
     for rows in (range(0, 4), range(8, 12)):  # the broken variant: denominators of the micro-batch
         rows = list(rows)
         scale = rest.loss_scale(batch.sampled[rows], weight[rows], "token", 12) / 2
-        logp = rest.completion_logps(model, [batch.prompts[rows[0] // G]], batch.tokens[rows].view(1, G, T), 0.7, True).flatten(0, 1)
+        logp = fast.SharedEngine(model).logps(batch, rows, 0.7)
+        old, mask = batch.logp[rows, :logp.shape[1]], batch.sampled[rows, :logp.shape[1]]
         model.zero_grad()
-        rest.policy_loss(logp, batch.logp[rows], advantages[rows], weight[rows], batch.sampled[rows], scale, 0.2).backward()
+        rest.policy_loss(logp, old, advantages[rows], weight[rows, :logp.shape[1]], mask, scale, 0.2).backward()
         wrong = wrong + torch.cat([p.grad.flatten() for p in model.parameters()])
     right, _ = gradient(model, batch, advantages, weight, config(aggregation="token"))
     assert not close(wrong, right, 1e-2)
@@ -416,9 +472,9 @@ def test_micro_batches_do_not_change_the_gradient(aggregation):
 def test_shared_prefix_checkpointing_and_padding_do_not_change_the_gradient(name):
     """The shared forward, gradient checkpointing, and columns of padding behind the completions each leave the gradient as it was (relative error 1e-5)."""
     model = MODELS[name]()
-    batch, region, touched, advantages = make_batch(model)
-    weight = rest.token_weights(region, touched, batch.entropy, batch.sampled, config(), 4)
-    plain, _ = gradient(model, batch, advantages, weight, config(shared_prefix=False))
+    batch, advantages = make_batch(model)
+    weight = weigh(batch, config(), 4)
+    plain, _ = gradient(model, batch, advantages, weight, config(), rest.Engine)
     assert close(gradient(model, batch, advantages, weight, config())[0], plain, 1e-5)
     wide = copy.copy(batch)
     wide.tokens, wide.sampled, wide.logp, wide.entropy = (torch.nn.functional.pad(x, (0, 5)) for x in (batch.tokens, batch.sampled, batch.logp, batch.entropy))
@@ -430,8 +486,8 @@ def test_shared_prefix_checkpointing_and_padding_do_not_change_the_gradient(name
 
 def test_the_order_of_samples_does_not_change_the_gradient():
     model = qwen3(V)
-    batch, region, touched, advantages = make_batch(model)
-    weight = rest.token_weights(region, touched, batch.entropy, batch.sampled, config(), 4)
+    batch, advantages = make_batch(model)
+    weight = weigh(batch, config(), 4)
     first, _ = gradient(model, batch, advantages, weight, config())
     groups = [2, 0, 1]
     order = torch.tensor([p * G + g for p in groups for g in (3, 1, 0, 2)])
@@ -439,25 +495,27 @@ def test_the_order_of_samples_does_not_change_the_gradient():
     moved.prompts = [batch.prompts[p] for p in groups]
     for name in ("tokens", "sampled", "logp", "entropy", "length"):
         setattr(moved, name, getattr(batch, name)[order])
-    weight = rest.token_weights(region[order], touched[order], moved.entropy, moved.sampled, config(), 4)
+    moved.region, moved.covers = batch.region[order], batch.covers[order]
+    weight = weigh(moved, config(), 4)
     assert close(gradient(model, moved, advantages[order], weight, config())[0], first, 1e-5)
 
 
 def test_chunked_logps_equal_whole_ones():
-    """token_logps in chunks of 3 rows equals one chunk, values and gradients, with a head and without."""
+    """fast.head_logps in chunks of 3 rows equals one chunk and rest.token_logps of the logits, values and gradients."""
     torch.manual_seed(0)
     head, x, y = torch.nn.Linear(8, 50, bias=False), torch.randn(20, 8), torch.randint(0, 50, (20,))
-    for h, inputs in ((head, x), (None, torch.randn(20, 50))):
-        results = []
-        for chunk in (2**20, 150):
-            leaf = inputs.clone().requires_grad_()
-            logp = rest.token_logps(leaf, y, 0.5, h, chunk_elements=chunk)
-            (logp * torch.arange(20)).sum().backward()
-            results.append((logp.detach(), leaf.grad))
-        for a, b in zip(*results):
+    results = []
+    for logps in (lambda h: fast.head_logps(h, y, 0.5, head), lambda h: fast.head_logps(h, y, 0.5, head, chunk_elements=150),
+                  lambda h: rest.token_logps(head(h), y, 0.5)):
+        leaf = x.clone().requires_grad_()
+        logp = logps(leaf)
+        (logp * torch.arange(20)).sum().backward()
+        results.append((logp.detach(), leaf.grad))
+    for other in results[1:]:
+        for a, b in zip(results[0], other):
             assert torch.allclose(a, b, atol=1e-6)
-        log_p = torch.log_softmax((inputs @ head.weight.T if h is not None else inputs).detach() / 0.5, -1)
-        assert torch.allclose(results[0][0], log_p.gather(1, y[:, None])[:, 0], atol=1e-5)
+    log_p = torch.log_softmax((x @ head.weight.T).detach() / 0.5, -1)
+    assert torch.allclose(results[0][0], log_p.gather(1, y[:, None])[:, 0], atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------- update and metrics
@@ -490,7 +548,8 @@ def test_logged_kl_and_clip_fraction_are_what_their_names_say():
     old, new = [0.5, 0.375, 0.125], [0.5, 0.125, 0.375]
     model, batch = unigram_batch(old, new, (4, 3, 1))
     for sign, clipped in ((1.0, 1 / 8), (-1.0, 3 / 8)):
-        _, metrics = gradient(model, batch, sign * torch.ones(8), torch.ones(8, 1), config(temperature=1.0))
+        weight, cfg = torch.ones(8, 1), config(temperature=1.0)
+        _, metrics = gradient(model, batch, sign * torch.ones(8), weight, cfg, rest.Engine)
         assert metrics["kl"] == pytest.approx(sum(p * math.log(p / q) for p, q in zip(old, new)), abs=1e-6)
         assert metrics["clip_fraction"] == pytest.approx(clipped)
 
@@ -499,7 +558,7 @@ def test_logged_kl_and_clip_fraction_are_what_their_names_say():
 def test_a_non_finite_update_is_skipped_and_counted(bad):
     model, batch = unigram_batch([0.5, 0.25, 0.25], [0.5, 0.375, 0.125], (4, 2, 2))
     before, recorder = model.logits.detach().clone(), Recorder(model, rate=1.0)
-    metrics = rest.update(model, recorder, batch, torch.linspace(-1, 1, 8) * torch.tensor([bad] + [1.0] * 7), torch.ones(8, 1), config(passes=2))
+    metrics = rest.update(rest.Engine(model), recorder, batch, torch.linspace(-1, 1, 8) * torch.tensor([bad] + [1.0] * 7), torch.ones(8, 1), config(passes=2))
     assert metrics["skipped_updates"] == 2 and not recorder.grads and torch.equal(model.logits.detach(), before)
 
 
@@ -508,20 +567,20 @@ def test_a_gradient_that_is_not_finite_is_skipped_though_the_loss_is():
     model, batch = unigram_batch([0.5, 0.25, 0.25], [0.5, 0.375, 0.125], (4, 2, 2))
     model.logits.register_hook(lambda grad: grad * math.nan)
     recorder = Recorder(model, rate=1.0)
-    metrics = rest.update(model, recorder, batch, torch.linspace(-1, 1, 8), torch.ones(8, 1), config())
+    metrics = rest.update(rest.Engine(model), recorder, batch, torch.linspace(-1, 1, 8), torch.ones(8, 1), config())
     assert metrics["skipped_updates"] == 1 and not recorder.grads
     assert math.isfinite(metrics["loss"])
 
 
 def test_several_passes_keep_weights_and_behaviour_logps():
     """passes=2 is two updates on the same batch, the second one off policy: its ratio differs from 1, so it is not twice the first gradient."""
-    batch, region, touched, advantages = make_batch(qwen3(V), off_policy=0.0)
-    weight = rest.token_weights(region, touched, batch.entropy, batch.sampled, config(), 4)
+    batch, advantages = make_batch(qwen3(V), off_policy=0.0)
+    weight = weigh(batch, config(), 4)
     two, one = qwen3(V), qwen3(V)
     recorder, single = Recorder(two, rate=0.05), Recorder(one, rate=0.05)
-    metrics = rest.update(two, recorder, batch, advantages, weight, config(passes=2))
+    metrics = rest.update(rest.Engine(two), recorder, batch, advantages, weight, config(passes=2))
     for _ in range(2):
-        last = rest.update(one, single, batch, advantages, weight, config())
+        last = rest.update(rest.Engine(one), single, batch, advantages, weight, config())
     assert torch.equal(recorder.grads[0], single.grads[0]) and torch.equal(recorder.grads[1], single.grads[1])
     assert not close(recorder.grads[1], recorder.grads[0], 1e-3) and last["kl"] > 0
     assert metrics["kl"] == pytest.approx(last["kl"] / 2, rel=1e-3, abs=1e-6)  # the mean over passes, the first of which has 0
@@ -529,7 +588,7 @@ def test_several_passes_keep_weights_and_behaviour_logps():
 
 def test_gradient_norm_is_clipped():
     model = qwen3(V)
-    batch, region, touched, advantages = make_batch(model)
+    batch, advantages = make_batch(model)
     weight = rest.normalise_weights(torch.ones(P * G, T), batch.sampled)
     free, metrics = gradient(model, batch, advantages, weight, config())
     clipped, again = gradient(model, batch, advantages, weight, config(max_grad_norm=0.01))
@@ -539,8 +598,8 @@ def test_gradient_norm_is_clipped():
 
 def test_a_batch_without_signal_changes_nothing():
     model = qwen3(V)
-    batch, *_ = make_batch(model)
-    metrics = rest.update(model, torch.optim.AdamW(model.parameters()), batch, torch.zeros(P * G), torch.ones(P * G, T), config())
+    batch, _ = make_batch(model)
+    metrics = rest.update(rest.Engine(model), torch.optim.AdamW(model.parameters()), batch, torch.zeros(P * G), torch.ones(P * G, T), config())
     assert metrics["loss"] == metrics["grad_norm"] == metrics["skipped_updates"] == 0
 
 
@@ -553,7 +612,7 @@ def test_uniform_weights_equal_trl(loss_type, aggregation, tmp_path):
     import datasets
     from conftest import byte_tokenizer
     model = qwen3(V)
-    batch, _, _, advantages = make_batch(model)
+    batch, advantages = make_batch(model)
     trainer = trl.GRPOTrainer(
         model=model, reward_funcs=lambda completions, **_: [0.0] * len(completions), processing_class=byte_tokenizer(),
         train_dataset=datasets.Dataset.from_dict({"prompt": ["a"] * 4}),
@@ -570,6 +629,6 @@ def test_uniform_weights_equal_trl(loss_type, aggregation, tmp_path):
     loss.backward()
     theirs = torch.cat([p.grad.flatten() for p in model.parameters()])
     cfg = config(method="grpo", aggregation=aggregation)
-    weight = rest.token_weights(torch.zeros(P * G, T, dtype=torch.long), batch.tokens * 0, batch.entropy, batch.sampled, cfg, 0)
+    weight = weigh(batch, cfg, 0)
     ours, metrics = gradient(model, batch, advantages, weight, cfg)
     assert close(ours, theirs, 1e-5) and metrics["loss"] == pytest.approx(loss.item(), rel=1e-4)

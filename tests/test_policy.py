@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from conftest import CALL, ROW, byte_tokenizer, opened_template, qwen3
+from conftest import CALL, ROW, byte_tokenizer, opened_template, qwen3, roll
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import rest
@@ -40,7 +40,7 @@ def test_the_warm_start_trains_the_completion_and_its_end(monkeypatch, tokenizer
         assert tokenizer.decode([x for x, m in zip(ids, mask) if m]) == CALL + "<|im_end|>"
         first = mask.index(True)
         assert all(mask[first:]) and len(ids) == len(mask)
-        prompt, _ = rest.encode_prompt(tokenizer, ROW["messages"], ROW["tools"], "Think first.")
+        prompt, _ = chat.TemplateChat(tokenizer, "Think first.").prompt(ROW)
         assert "Think first." in tokenizer.decode(ids[:first]) and first == len(prompt) - 3  # "1+2?"
 
 
@@ -61,7 +61,7 @@ def test_supervised_learns_the_next_token():
     pairs = [(ROW, "<think>a</think>")] * 4
     losses = policy.warm_start(model, tokenizer, pairs, 40, 2, 1e-2, progress=False)
     cfg = rest.Config(group=2, max_completion_tokens=8)
-    out = rest.rollout(model, tokenizer, [ROW], cfg, group=1, greedy=True)
+    out = roll(model, tokenizer, [ROW], cfg, group=1, greedy=True)
     assert out.texts == [["<think>a</think>"]] and losses[-1] < losses[0]
 
 
@@ -163,9 +163,9 @@ def test_gradient_checkpointing_forwards_every_layer_again(tmp_path):
     for on in (False, True):
         model, _ = policy.load_model(tmp_path, gradient_checkpointing=on)
         policy.warm_start(model, tokenizer, [(ROW, CALL)], 1, batch=1, progress=False)
-        batch = rest.rollout(model, tokenizer, [ROW], cfg)
+        batch = roll(model, tokenizer, [ROW], cfg)
         seen = []
         model.model.layers[0].input_layernorm.register_forward_hook(lambda *_: seen.append(1))
-        rest.update(model, torch.optim.SGD(model.parameters(), lr=0.1), batch, torch.tensor([1.0, -1.0]), torch.ones_like(batch.logp), cfg)
+        rest.update(rest.Engine(model), torch.optim.SGD(model.parameters(), lr=0.1), batch, torch.tensor([1.0, -1.0]), torch.ones_like(batch.logp), cfg)
         calls[on] = len(seen)
     assert calls == {False: 1, True: 2}

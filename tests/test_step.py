@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import CALL, ROW, ScriptedModel, adder, byte_tokenizer, qwen3, scripted, scripted_turns
+from conftest import CALL, ROW, ScriptedModel, adder, byte_tokenizer, qwen3, scripted, scripted_turns, step_of, by_text
 
 import rest
 
@@ -28,10 +28,10 @@ def step_with(monkeypatch, tokenizer, scores=SCORES, step=4, **options):
     Returns (metrics, Rollout, weight, optimizer, cfg, what was handed to update)."""
     left, seen = copy.deepcopy(scores), {}
 
-    def update(model, optimizer, batch, advantages, weight, cfg):
+    def update(engine, optimizer, batch, advantages, weight, cfg, on_policy):
         seen.update(advantages=advantages, weight=weight, batch=batch)
         return {}
-    monkeypatch.setattr(rest, "score_texts", lambda texts, row: left[row["id"]].pop(0))
+    monkeypatch.setattr(rest, "score_texts", lambda texts, row, refused: left[row["id"]].pop(0))
     monkeypatch.setattr(rest, "update", update)
     model = qwen3()
     cfg = config(**{"group": 4, "prompts": 2, "steps": 10, "warmup_steps": 2,
@@ -39,7 +39,8 @@ def step_with(monkeypatch, tokenizer, scores=SCORES, step=4, **options):
     first, *others = model.parameters()
     optimizer = torch.optim.AdamW([{"params": [first]}, {"params": others}], lr=1.0)
     rows = [{**ROW, "id": 0}, {**ROW, "id": 1}]
-    metrics, batch, _, weight = rest.train_step(model, tokenizer, optimizer, rows, cfg, step)
+    metrics, batch, weight = rest.train_step(
+        rest.Engine(model), rest.Chat(tokenizer), optimizer, rows, cfg, step)
     return metrics, batch, weight, optimizer, cfg, seen
 
 
@@ -91,24 +92,45 @@ def test_learning_rate_by_hand():
     assert rates == pytest.approx([0.2, 1.0, 1.0, 0.55, 0.1])
 
 
-def test_tools_instructions_and_the_choice_of_forward_reach_the_rollout(monkeypatch, tokenizer):
-    """From evaluate and from train_step; and without shared_prefix the update does not share."""
-    seen, shared, rollout, logps = [], [], rest.rollout, rest.completion_logps
+def test_the_toolbox_reaches_the_rollout(monkeypatch, tokenizer):
+    """From evaluate and from train_step, which asks the engine that it was given for log-probabilities."""
+    seen, asked, rollout = [], [], rest.rollout
 
-    def watch_logps(*args):
-        shared.append(args[-1])
-        return logps(*args)
+    class Watched(rest.Engine):
+        def logps(self, *args):
+            asked.append(args)
+            return super().logps(*args)
     monkeypatch.setattr(rest, "rollout", lambda *a, **k: seen.append(k) or rollout(*a, **k))
-    monkeypatch.setattr(rest, "completion_logps", watch_logps)
     scores = iter([(1.0, 1.0, True), (0.0, 0.0, False)] * 2)
-    monkeypatch.setattr(rest, "score_texts", lambda texts, row: next(scores))
-    model, cfg = qwen3(), config(prompts=1, max_completion_tokens=8, shared_prefix=False)
-    rest.evaluate(model, tokenizer, [ROW], cfg, toolbox_for=adder, instructions="x", samples=2)
+    monkeypatch.setattr(rest, "score_texts", lambda texts, row, refused: next(scores))
+    model, cfg = qwen3(), config(prompts=1, max_completion_tokens=8)
+    engine, chat = Watched(model), rest.Chat(tokenizer)
+    rest.evaluate(engine, chat, [ROW], cfg, toolbox_for=adder, samples=2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    metrics, *_ = rest.train_step(model, tokenizer, optimizer, [ROW], cfg, 0, adder, "x")
-    assert metrics["grad_norm"] > 0
-    assert len(seen) == 2 and shared == [False]
-    assert all(k["toolbox_for"] is adder and k["instructions"] == "x" for k in seen)
+    metrics, *_ = rest.train_step(engine, chat, optimizer, [ROW], cfg, 0, adder)
+    assert metrics["grad_norm"] > 0 and len(asked) == 1
+    assert len(seen) == 2 and all(k["toolbox_for"] is adder for k in seen)
+
+
+def test_a_forward_that_is_random_is_refused_before_the_step(monkeypatch, tokenizer):
+    """Dropout that is on while the policy is trained: the ratio of the first pass is not 1."""
+    monkeypatch.setattr(rest, "score_texts", by_text)
+    model, cfg = qwen3(), config(prompts=1, max_completion_tokens=24)
+    assert step_of(model, tokenizer, [ROW], cfg)[0]["grad_norm"] > 0
+    model.model.layers[0].mlp.down_proj.register_forward_hook(
+        lambda module, args, out: torch.nn.functional.dropout(out, 0.5, torch.is_grad_enabled()))
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="disagree about the same policy"):
+        step_of(model, tokenizer, [ROW], cfg)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
+def test_a_policy_that_is_not_finite_is_named(tokenizer):
+    """It once trained on without a word: equal scores, no gradient, exit 0."""
+    model = qwen3()
+    model.model.norm.weight.data.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        step_of(model, tokenizer, [ROW], config(prompts=1, max_completion_tokens=8))
 
 
 # ------------------------------------------------------------------------------------- what is logged
@@ -116,9 +138,8 @@ def test_tools_instructions_and_the_choice_of_forward_reach_the_rollout(monkeypa
 def test_logged_tokens_are_those_sampled(tokenizer):
     """A tool's answer is part of the episode and not of `tokens`."""
     model = scripted_turns(tokenizer, [[CALL, "x"]] * 2)
-    metrics, batch, *_ = rest.train_step(
-        model, tokenizer, torch.optim.SGD(model.parameters(), lr=0.1), [ROW],
-        config(prompts=1, max_turns=2, max_completion_tokens=300), 0, toolbox_for=adder)
+    cfg = config(prompts=1, max_turns=2, max_completion_tokens=300)
+    metrics, batch, _ = step_of(model, tokenizer, [ROW], cfg, toolbox_for=adder)
     assert metrics["tokens"] == float(batch.sampled.sum(1).float().mean())
     assert metrics["tokens"] < float(batch.length.float().mean())
 
@@ -127,16 +148,17 @@ def test_the_logged_format_weight_counts_tags_and_json_scaffold(tokenizer):
     """It once was the mean over tags alone; with the authors' constants the scaffold weighs 0."""
     model = scripted(tokenizer, [CALL, CALL])
     cfg = config(method="rest-official", prompts=1, max_completion_tokens=130)
-    metrics, _, region, weight = rest.train_step(model, tokenizer, torch.optim.SGD(model.parameters(), lr=0.1), [ROW], cfg, step=0)
-    both = weight[(region == rest.TAG) | (region == rest.SCAFFOLD)].mean()
-    assert metrics["w_format"] == pytest.approx(float(both)) and both < 0.9 * weight[region == rest.TAG].mean()
+    metrics, batch, weight = step_of(model, tokenizer, [ROW], cfg)
+    tags = weight[batch.region == rest.TAG]
+    both = torch.cat([tags, weight[batch.region == rest.SCAFFOLD]]).mean()
+    assert metrics["w_format"] == pytest.approx(float(both)) and both < 0.9 * tags.mean()
 
 
 # ----------------------------------------------------------------------------------------- evaluation
 
 def test_evaluate_counts_per_category(tokenizer):
     rows = [ROW, {**ROW, "category": "other", "gold": [[]]}, ROW]
-    table = rest.evaluate(scripted(tokenizer, [CALL, CALL, "x"]), tokenizer, rows, config(max_completion_tokens=130), greedy=True)
+    table = rest.evaluate(rest.Engine(scripted(tokenizer, [CALL, CALL, "x"])), rest.Chat(tokenizer), rows, config(max_completion_tokens=130), greedy=True)
     assert list(table) == ["other", "simple", "all"]
     assert table["simple"]["n"] == 2 and table["simple"]["exact"] == 0.5 and table["other"]["exact"] == 0.0 and table["all"]["exact"] == pytest.approx(1 / 3)
     assert table["other"]["correct"] is None and table["simple"]["correct"] == 0.5
@@ -144,7 +166,7 @@ def test_evaluate_counts_per_category(tokenizer):
 def test_scores_belong_to_their_rows(tokenizer):
     """Two rows of different category and gold, two samples each."""
     rows = [ROW, {**ROW, "category": "other", "gold": [[]]}]
-    table = rest.evaluate(scripted(tokenizer, [CALL] * 4), tokenizer, rows,
+    table = rest.evaluate(rest.Engine(scripted(tokenizer, [CALL] * 4)), rest.Chat(tokenizer), rows,
                           config(max_completion_tokens=130), samples=2)
     found = {key: (value["n"], value["exact"]) for key, value in table.items()}
     assert found == {"simple": (2, 1.0), "other": (2, 0.0), "all": (4, 0.5)}
@@ -161,7 +183,7 @@ def test_evaluation_batches_draw_different_numbers(monkeypatch, tokenizer):
         seen.append(out.tokens)
         return out
     monkeypatch.setattr(rest, "rollout", watch)
-    table = rest.evaluate(model, tokenizer, [ROW] * 5, config(max_completion_tokens=20), batch_rows=2)
+    table = rest.evaluate(rest.Engine(model), rest.Chat(tokenizer), [ROW] * 5, config(max_completion_tokens=20), batch_rows=2)
     assert table["all"]["n"] == 5 and [len(tokens) for tokens in seen] == [2, 2, 1]
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1][:1], seen[2])
 
@@ -174,13 +196,13 @@ def test_the_loop_learns_a_bandit():
     def chance(sign):
         tokenizer, model = byte_tokenizer(), qwen3(layers=1)
         cfg = rest.Config(method="grpo", steps=30, prompts=2, group=32, max_completion_tokens=2, learning_rate=3e-2, warmup_steps=1)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, weight_decay=0.0)
+        engine, optimizer = rest.Engine(model), torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, weight_decay=0.0)
         for step in range(cfg.steps):
-            batch = rest.rollout(model, tokenizer, [ROW, ROW], cfg, seed=step)
+            batch = rest.rollout(engine, rest.Chat(tokenizer), [ROW, ROW], cfg, seed=step)
             rewards = (batch.tokens[:, 0] % 2 == 0).float().view(2, -1)  # the end token's id is 2: an even id is worth one point
             advantages = sign * rest.group_advantages(rewards).flatten()
             weight = rest.normalise_weights(torch.ones_like(batch.entropy), batch.sampled)
-            rest.update(model, optimizer, batch, advantages, weight, cfg)
+            rest.update(engine, optimizer, batch, advantages, weight, cfg)
         with torch.no_grad():
             p = model(torch.tensor([batch.prompts[0]])).logits[0, -1].softmax(-1)
         return float(p[0::2].sum())

@@ -56,6 +56,7 @@ understood are refused, columns that are not used are printed.
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
 import rest
@@ -71,7 +72,8 @@ LAYOUTS = {  # the columns that a layout needs -> how one record becomes its row
     ("instruction", "input", "output"):
         lambda r: _from_text(_chat(r["instruction"], r["input"]), r["output"]),
 }
-NESTED = ("messages", "tools", "gold", "state", "observations", "demo", "blocks")  # JSON strings in tables
+# in tables these are JSON strings or structs
+NESTED = ("messages", "tools", "gold", "state", "observations", "demo", "blocks")
 KNOWN = (*NESTED, "category", "target")
 WAY_OUT = "store nested columns as JSON strings (json.dumps)"
 
@@ -210,7 +212,8 @@ def _lines(data):
 
 def _row(lines, start, longest=1000):
     """(how many lines it takes, its value or ValueError) of the row that begins at lines[start]."""
-    reason = "the object is not closed; a row is one line, or one object over several"
+    hint = f"; a row is one line, or one object over at most {longest}"
+    reason = "the object is not closed" + hint
     for size in range(1, min(longest, len(lines) - start) + 1):
         if size > 1 and not lines[start + size - 1].rstrip().endswith(b"}"):
             continue  # an object cannot end here
@@ -219,10 +222,7 @@ def _row(lines, start, longest=1000):
         except json.JSONDecodeError as error:
             if error.doc.startswith("{") and error.pos == len(error.doc):
                 continue  # it breaks off: the next line may go on with it
-            where = f"column {error.colno}"
-            if size > 1:
-                where += f" of line {start + error.lineno}; a row is one line, or one object over several"
-            reason = f"{error.msg} at {where}"
+            reason = f"{error.msg} (line {start + error.lineno}, column {error.colno}){hint}"
         except ValueError as error:
             reason = error
         break
@@ -233,8 +233,7 @@ class _Twice:
     """Stands for a JSON object in which a key stands twice, until its row is known."""
 
     def __init__(self, pairs):
-        keys = [key for key, _ in pairs]
-        self.key = next(key for key in keys if keys.count(key) > 1)
+        self.key = Counter(key for key, _ in pairs).most_common(1)[0][0]
 
 
 def _members(pairs):
@@ -311,7 +310,8 @@ def _shape(turn):
 def _own_layout(record, arrow, live):
     """A record -> its single-step rows, or one row with all its turns if `live`."""
     structs = {key for key in NESTED if arrow and not isinstance(record.get(key), str)}
-    record = {key: _column(key, value) for key, value in record.items()}
+    record = {key: _parsed(value, key) if key in NESTED and isinstance(value, str) else value
+              for key, value in record.items()}
     state = record.get("state")
     if "state" in structs and _without_null(state) != state:
         raise ValueError(f"state has nulls, and a struct column cannot tell which are meant: {WAY_OUT}")
@@ -351,13 +351,12 @@ def _own_layout(record, arrow, live):
     return rows
 
 
-def _column(key, value):
-    if key not in NESTED or not isinstance(value, str):
-        return value
+def _parsed(text, what):
+    """The value of JSON text where an object or a list could stand as well."""
     try:
-        return _plain(_json(value))
+        return _plain(_json(text))
     except ValueError as error:
-        raise ValueError(f"{key} is a text, and so must be JSON: {error}") from None
+        raise ValueError(f"{what}: a text here must be JSON, but: {error}") from None
 
 
 def _only(what, value, known):
@@ -392,10 +391,10 @@ def _blocks(blocks, turns):
     if len(blocks) != len(turns):
         raise ValueError(f"blocks has {len(blocks)} turns, gold {len(turns)}")
     for k, (kinds, turn) in enumerate(zip(blocks, turns), 1):
-        if not isinstance(kinds, list) or not set(kinds) <= {"think", "tool_call", "response"}:
+        if not kinds or not isinstance(kinds, list) or not set(kinds) <= {"think", "tool_call", "response"}:
             raise ValueError(f"blocks of gold turn {k} must be a list of think, tool_call, response")
-        if ("tool_call" in kinds) != bool(turn):
-            raise ValueError(f"blocks of gold turn {k} and its {len(turn)} calls exclude each other")
+        if turn and "tool_call" not in kinds:
+            raise ValueError(f"blocks of gold turn {k} have no tool_call, but the turn calls tools")
     return blocks
 
 
@@ -438,7 +437,7 @@ def _tools(tools, struct):
         if foreign := {"input_schema", "inputSchema"} & set(function):
             raise ValueError(f"tool {name!r} has {foreign.pop()!r}: rename it to 'parameters'")
         if isinstance(parameters, str):
-            parameters = _column("tools", parameters)
+            parameters = _parsed(parameters, f"the parameters of tool {name!r}")
         if parameters is None:
             parameters = {"type": "object", "properties": {}}
         if not isinstance(parameters, dict):
@@ -490,10 +489,7 @@ def _call(call, what, schemas, struct):
         raise ValueError(f"{what} needs a name and an object of arguments")
     arguments = given[0]
     if isinstance(arguments, str):
-        try:
-            arguments = _plain(_json(arguments or "{}"))  # "" where a tool takes none
-        except ValueError as error:
-            raise ValueError(f"the arguments of {what} must be an object or JSON text: {error}") from None
+        arguments = _parsed(arguments or "{}", f"the arguments of {what}")  # "" where a tool takes none
     elif struct:
         arguments = _meant(arguments, schemas.get(name, True), what)
     if not isinstance(arguments, dict):

@@ -45,8 +45,8 @@ def check(value, schema, where=""):
         for key in required if isinstance(required, list) else ():
             if key not in value:
                 raise ValueError(f"missing argument {_shown(inside + str(key))}")
-        for key, item in value.items():
-            check(item, member(schema, key), inside + key)
+        for key in sorted(value, key=lambda key: member(schema, key) is not False):  # what is too much first
+            check(value[key], member(schema, key), inside + key)
     if isinstance(value, list) and "prefixItems" not in schema:
         items = schema.get("items")  # a list of schemas is an older form of prefixItems
         for i, item in enumerate(value):

@@ -9,21 +9,19 @@ from pathlib import Path
 import rest
 
 COLOURS = {rest.TAG: "90", rest.SCAFFOLD: "37", rest.NAME: "1;33", rest.PARAMS: "1;36", rest.THOUGHT: "32", rest.TEXT: "35"}
-GROUPS = (("format", (rest.TAG, rest.SCAFFOLD)), ("name", (rest.NAME,)), ("params", (rest.PARAMS,)), ("thought", (rest.THOUGHT,)),
-          ("text", (rest.TEXT,)))
 
 
-def episode(tokenizer, batch, i, region, weight, colour=True):
-    """Episode i of a Rollout as text: sampled tokens coloured by region, forced ones plain, the weight behind each run of equal weight;
-    then per region its tokens, mean entropy and weight."""
-    ids, regions = batch.tokens[i].tolist(), region[i].tolist()
+def episode(chat, batch, i, weight, colour=True):
+    """Episode i of a Rollout as text: sampled tokens coloured by region, forced ones plain, the weight behind each run of equal
+    weight; then per region its tokens, mean entropy (nats) and weight. weight: float [N, T]."""
+    ids, regions = batch.tokens[i].tolist(), batch.region[i].tolist()
     weights, length = weight[i].tolist(), int(batch.length[i])
     out, t = [], 0
     while t < length:
         end = t + 1
         while end < length and regions[end] == regions[t] and abs(weights[end] - weights[t]) < 1e-6:
             end += 1
-        text = tokenizer.decode(ids[t:end])
+        text = chat.decode(ids[t:end])
         if regions[t] < 0:
             out.append(text)
         elif colour:
@@ -32,8 +30,8 @@ def episode(tokenizer, batch, i, region, weight, colour=True):
             out.append(f"[{rest.REGIONS[regions[t]]} {weights[t]:.2f}|{text}]")
         t = end
     lines = ["".join(out), ""]
-    for name, members in GROUPS:
-        inside = sum((region[i] == r) for r in members).bool()
+    for name, members in rest.PAPER_REGIONS.items():
+        inside = sum((batch.region[i] == r) for r in members).bool()
         if inside.any():
             label = f"\033[{COLOURS[members[-1]]}m{name:8}\033[0m" if colour else f"{name:8}"
             lines.append(f"  {label} {int(inside.sum()):4d} tokens   entropy {float(batch.entropy[i][inside].mean()):.3f} nats"
@@ -72,7 +70,7 @@ def curve(files, out):
             return [statistics.mean(row[key] for row in rows[max(0, i - 4):i + 1]) for i in range(len(rows))]
         rate.plot(steps, smooth("exact"), label=Path(file).parent.name if len(files) > 1 else None)
         if k == 0:
-            for name, _ in GROUPS:
+            for name in rest.PAPER_REGIONS:
                 entropy.plot(steps, smooth(f"H_{name}"), label=name)
                 weight.plot(steps, smooth(f"w_{name}"), label=name)
     rate.set_title("exact-call rate of training rollouts")
