@@ -203,7 +203,7 @@ def test_cross_fitting_does_not_flatter_on_pure_noise():
         M, S = signal.moments(gram)
         w = signal.best_weights(M, S)
         inside.append(float(signal.slope(w / signal.quadratic(w, M + S).sqrt(), M, ONES)))
-        across.append(float(signal.cross_fitted(gram, 3, ONES)[0]))
+        across.append(float(signal.cross_fitted(*signal.split_moments(gram)[1:], ONES)[0]))
     across = torch.tensor(across)
     error = float(across.std()) / math.sqrt(len(across))
     assert min(inside) > 0 and sum(inside) / len(inside) > 5 * error
@@ -214,7 +214,7 @@ def test_cross_fitting_finds_a_real_gain():
     """With signal the cross-fitted gain over uniform weights lies between 1 and what the true best weights gain."""
     gram = gram_of(gaussians(64, MEAN, SPREAD, dims=400))
     M, S = signal.moments(gram)
-    along, _, square = signal.cross_fitted(gram, 3, ONES)
+    along, _, square = signal.cross_fitted(*signal.split_moments(gram)[1:], ONES)
     found = signal.ratio(along, square, M.sum()) / signal.efficiency(ONES, M, S, ONES)
     best = signal.best_weights(TRUE_M, TRUE_S)
     possible = signal.efficiency(best, TRUE_M, TRUE_S, ONES) / signal.efficiency(ONES, TRUE_M, TRUE_S, ONES)
