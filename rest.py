@@ -48,7 +48,6 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 log = logging.getLogger("rest")
 
@@ -257,31 +256,6 @@ TAG, SCAFFOLD, NAME, PARAMS, THOUGHT, TEXT = range(6)
 REGIONS = ("tag", "scaffold", "name", "params", "thought", "text")
 PAPER_REGIONS = {"format": (TAG, SCAFFOLD), "name": (NAME,), "params": (PARAMS,), "thought": (THOUGHT,),
                  "text": (TEXT,)}  # the authors' constants tell tags and JSON scaffold apart, the paper does not
-
-def label_chars(text):
-    """The region of every character, a bytearray as long as the text; total on any input.
-
-    >>> list(label_chars('<think>a</think>')[6:9])
-    [0, 4, 0]
-    """
-    label = bytearray(SCAFFOLD if c.isspace() else TEXT for c in text)
-
-    def fill(start, end, region):
-        label[start:end] = bytes([region]) * (end - start)
-
-    inside = {"think": THOUGHT, "tool_call": SCAFFOLD, "response": TEXT}
-    for block in split_blocks(text):
-        fill(block.start, block.end, TAG)
-        fill(*block.inner, inside[block.kind])
-        for _, _, stop, fields in block.calls:
-            for key, (value, start, end) in fields.items():
-                end = stop if end is None else end  # broken off: to the end of its line
-                if key == "name":  # its quotes are format
-                    start += text[start:start + 1] == '"'
-                    fill(start, end - isinstance(value, str), NAME)
-                elif key in ("arguments", "parameters"):
-                    fill(start, end, PARAMS)
-    return label
 
 def tag_regions(pieces):
     """Per token of one assistant turn, given each id's own text, the regions of its visible characters in
@@ -678,8 +652,8 @@ def evaluate(engine, chat, rows, cfg, greedy=False, samples=1, seed=0, batch_row
 # ---- appendix: reading calls from text ----
 
 # bounds: reading takes linear time on any text, and nothing recurses deeply
-MAX_CALLS = 32  # of a turn; those behind them are one error
-MAX_CHARS = 2**15  # of a call
+MAX_CALLS = 64  # of a turn; those behind them are one error
+MAX_CHARS = 2**14  # of a call
 MAX_DEPTH = 64  # of a value in a call
 
 SPACE = re.compile(r"[ \t\r\n]*")
@@ -751,6 +725,31 @@ def split_blocks(text):
         pos = stop + len(f"</{kind}>") if closed else stop
         blocks.append(Block(kind, match.start(), pos, (inner, stop), closed, calls))
     return blocks
+
+def label_chars(text):
+    """The region of every character, a bytearray as long as the text; total on any input.
+
+    >>> list(label_chars('<think>a</think>')[6:9])
+    [0, 4, 0]
+    """
+    label = bytearray(SCAFFOLD if c.isspace() else TEXT for c in text)
+
+    def fill(start, end, region):
+        label[start:end] = bytes([region]) * (end - start)
+
+    inside = {"think": THOUGHT, "tool_call": SCAFFOLD, "response": TEXT}
+    for block in split_blocks(text):
+        fill(block.start, block.end, TAG)
+        fill(*block.inner, inside[block.kind])
+        for _, _, stop, fields in block.calls:
+            for key, (value, start, end) in fields.items():
+                end = stop if end is None else end  # broken off: to the end of its line
+                if key == "name":  # its quotes are format
+                    start += text[start:start + 1] == '"'
+                    fill(start, end - isinstance(value, str), NAME)
+                elif key in ("arguments", "parameters"):
+                    fill(start, end, PARAMS)
+    return label
 
 def _find(text, what, pos):
     found = text.find(what, pos)
@@ -844,45 +843,42 @@ def same_value(a, b):
 # ---- appendix: tool executor ----
 
 def execute(calls, functions, timeout=2.0, max_chars=1000):
-    """Run the calls of a turn in order -> (a text per call for the model, calls refused, tools that failed).
+    """Run a turn's calls in order -> (a text per call for the model, calls refused, calls that failed).
 
-    calls: list[Call | CallError]; functions: {name: callable(**arguments)}, which check their own
-    arguments and raise InvalidArguments, or ValueError with a sentence for the model. Model text is only
-    ever data: parsed as JSON, passed as arguments. Each call runs in a daemon thread, since signals work
-    on the main thread only, and is abandoned after `timeout` seconds (a turn's calls together after four
-    times that); Python cannot kill it. A tool's own bug is logged once, and the model reads its text."""
+    calls: list[Call | CallError]; functions: {name: callable(**arguments)}, which check their arguments and
+    raise InvalidArguments, or ValueError with a sentence for the model; anything else is the user's bug and
+    logged once. Model text is only ever data: parsed as JSON, passed as arguments. A call may take `timeout`
+    seconds, a turn four times that; then its thread is abandoned, for Python cannot end it."""
     texts = []
     refused = failed = 0
     deadline = time.monotonic() + 4 * timeout
     for call in calls:
-        outcome = _run(call, functions, min(timeout, deadline - time.monotonic()))
-        if isinstance(outcome, CallError):
-            refused += 1
-        elif isinstance(outcome, Exception):
-            failed += 1
-            if not isinstance(outcome, (ValueError, TimeoutError)):
-                _warn_once(f"the tool {call.name} failed, which is no fault of the model: {outcome!r}")
+        outcome = _wait_for(call, functions, min(timeout, deadline - time.monotonic()))
+        refused += isinstance(outcome, CallError)
+        failed += isinstance(outcome, Exception) and not isinstance(outcome, CallError)
+        if isinstance(outcome, Exception) and not isinstance(outcome, (ValueError, TimeoutError)):
+            _warn_once(f"the tool {call.name} failed, which is no fault of the model: {outcome!r}")
         text = f"error: {outcome}" if isinstance(outcome, Exception) else outcome
         text = SURROGATE.sub("\ufffd", text)
         texts.append(text if len(text) <= max_chars else text[:max_chars] + " … (cut)")
     return texts, refused, failed
 
-def _run(call, functions, timeout):
-    """The call's result as text, or the exception that stands in its place."""
+def _wait_for(call, functions, seconds):
+    """The call's result as text, or the exception in its place. A thread: signals work on the main one only."""
     outcome = [TimeoutError("the tool took too long")]
 
     def work():
         try:
-            outcome[0] = _call(call, functions)
+            outcome[0] = _run(call, functions)
         except Exception as error:  # whatever a tool raises, the training run goes on
             outcome[0] = error
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    thread.join(max(0.0, timeout))
+    thread.join(max(0.0, seconds))
     return outcome[0]
 
-def _call(call, functions):
+def _run(call, functions):
     if isinstance(call, CallError):
         raise call
     if call.name not in functions:
@@ -893,18 +889,14 @@ def _call(call, functions):
     except TypeError as error:
         raise InvalidArguments(str(error)) from None
     value = function(**call.arguments)
-    if inspect.iscoroutine(value):
-        value = asyncio.run(value)
-    if isinstance(value, str):
-        return value
+    value = asyncio.run(value) if inspect.iscoroutine(value) else value
     try:
-        return json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError) as error:
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    except ValueError as error:
         raise TypeError(f"it returned what JSON cannot hold: {error}") from None
 
 def offered(row, box):
-    """{name: callable} of a live episode: those of its box that the row offers, all where it lists none.
-    Raises ValueError if one is missing."""
+    """The functions of an episode's box that its row offers, or all where it lists none. Raises ValueError."""
     names = [tool["function"]["name"] for tool in row["tools"]] or list(box.functions)
     missing = [name for name in names if not callable(box.functions.get(name))]
     if missing:
@@ -963,8 +955,8 @@ class Chat:
 # ---- appendix: how the model is run ----
 
 class Engine:
-    """The plain way to run a causal language model: its own forward, its own cache, its own logits, each
-    prompt repeated for its completions. toy_tools/fast.py has one that keeps a group's prompt once."""
+    """The plain way to run a causal language model: its own forward, cache and logits, each prompt repeated
+    for its completions. toy_tools/fast.py has one that keeps a group's prompt once."""
 
     def __init__(self, model):
         self.model = model
@@ -983,7 +975,7 @@ class Engine:
 
     @contextmanager
     def sampling(self):
-        """What holds while tokens are sampled: nothing is random but the sampling itself."""
+        """While tokens are sampled nothing is random but the sampling itself."""
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         with torch.no_grad(), autocast(self.model):
@@ -1058,20 +1050,9 @@ class Engine:
     def backward(self, loss):
         loss.backward()
 
-def token_logps(x, targets, temperature, head=None, chunk_elements=2**26):
-    """logp float32 [M] of targets [M] under softmax(logits / temperature).
-
-    x: logits [M, V], or hidden states [M, H] with their output layer `head`. Works in chunks whose float32
-    logits are made again in the backward pass, so that [M, V] floats never exist at once."""
-    def one(x, targets):
-        logits = (head(x) if head is not None else x).float() / temperature   # (m, V)
-        return -F.cross_entropy(logits, targets, reduction="none")            # (m,)
-
-    size = max(1, chunk_elements // (head.weight.shape[0] if head is not None else x.shape[-1]))
-    if len(x) <= size:
-        return one(x, targets)
-    parts = zip(x.split(size), targets.split(size))
-    return torch.cat([checkpoint(one, a, b, use_reentrant=False) for a, b in parts])
+def token_logps(logits, targets, temperature):
+    """logp float32 [M] of targets int64 [M] under softmax(logits [M, V] / temperature)."""
+    return -F.cross_entropy(logits.float() / temperature, targets, reduction="none")
 
 def left_pad(prompts, device):
     """P id lists -> ids int64 [P, Lp], mask bool [P, Lp]; the last prompt token stands in the last column."""

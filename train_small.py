@@ -1,349 +1,518 @@
-"""Train a tool-calling policy with ResT: `python train_small.py`. Without arguments it needs no download: it makes a 1M-parameter policy, warm-starts
-it on imperfect demonstrations, and reinforces it on executable toy tools. `--help` lists every knob; README.md has examples."""
+"""Train a tool-calling policy with ResT: `python train_small.py`. Without arguments it needs no download: it
+makes a 1M-parameter policy, warm-starts it on imperfect demonstrations, and reinforces it on executable
+toy tools. `--help` lists every option; README.md has examples.
 
-import csv
+`train` names the stages of a run, in order; each is a function below."""
+
 import hashlib
 import json
+import math
 import os
 import random
-import shutil
-import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser, set_seed
+from transformers import set_seed
 from transformers.utils import logging as hf_logging
 
 import rest
-from toy_tools import policy, show, tasks
+from toy_tools import benchmarks, fast, policy, runs, show, tasks
+from toy_tools.chat import TemplateChat
 from toy_tools.data import load_rows
+from toy_tools.options import FREE, check, flag, read_options, supervised
 
 INSTRUCTIONS = (
-    "First think inside <think> and </think>. Then either call tools, one JSON object per line inside <tool_call> and </tool_call>, "
-    "or, where no tool fits or nothing is left to call, answer inside <response> and </response>.")
+    "First think inside <think> and </think>. Then either call tools, one JSON object per line inside "
+    "<tool_call> and </tool_call>, or, where no tool fits or nothing is left to call, answer inside "
+    "<response> and </response>.")
 
+
+# ---------------------------------------------------------------------------------- the stages of a run
 
 @dataclass
-class Run:
-    """What to run; the algorithm's own knobs are in rest.Config."""
+class Learner:
+    """The policy and what the algorithm speaks to."""
 
-    name: str = field(default="", metadata={"help": "Folder under --output-dir; empty: METHOD-seedS, numbered if taken."})
-    output_dir: str = field(default="runs", metadata={"help": "Where runs are kept: metrics, config, policy."})
-    model: str = field(default="", metadata={"help": "Hub id, folder or .gguf file of a chat model; empty: the embedded 1M policy."})
-    data: str = field(default="", metadata={"help": "Training rows: .jsonl, ToolRL .parquet/.json, or a hub id; empty: toy tasks."})
-    eval_data: str = field(default="", metadata={"help": "Held-out rows, in the same forms; empty: toy tasks."})
-    device: str = field(default="", metadata={"help": "cuda, mps or cpu; empty: the first of these that is there."})
-    dtype: str = field(default="float32", metadata={"help": "Weights in float32 (with bf16 autocast on GPUs that have it) or bfloat16, which rounds small updates away."})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Less activation memory, about a third more time."})
-    warm_start_steps: int = field(default=-1, metadata={"help": "Supervised steps before RL; -1: as many as the embedded policy needs, none for a --model."})
-    warm_start_batch: int = field(default=8, metadata={"help": "Rows per supervised step of a --model."})
-    micro_batch: int = field(default=2, metadata={"help": "Rows per forward in a --model's supervised steps."})
-    warm_start_lr: float = field(default=2e-4, metadata={"help": "Learning rate of a --model's supervised steps."})
-    noise: float = field(default=0.22, metadata={"help": "Rate of each kind of mistake in the toy demonstrations."})
-    train_rows: int = field(default=4000, metadata={"help": "Toy tasks to train on."})
-    eval_rows: int = field(default=200, metadata={"help": "Held-out toy tasks (at most so many rows of --eval-data) to evaluate on, before and after."})
-    eval_samples: int = field(default=2, metadata={"help": "Completions sampled per held-out task."})
-    eval_batch: int = field(default=64, metadata={"help": "Prompts evaluated at once."})
-    mask_names: bool = field(default=False, metadata={"help": "Random strings for tool and parameter names, so that descriptions must be read."})
-    save_steps: int = field(default=50, metadata={"help": "Checkpoint every so many steps; 0: only at the end."})
-    resume: bool = field(default=False, metadata={"help": "Continue the run --name from its last checkpoint."})
-    eval_only: bool = field(default=False, metadata={"help": "No training: evaluate --model (or a run's policy)."})
-    benchmarks: list[str] = field(default_factory=list, metadata={"help": "bfcl, bfcl-code, bfcl-live, bfcl-multi-turn, api-bank, or categories."})
-    api_bank_dir: str = field(default="", metadata={"help": "Folder with level-{1,2,3}-api_processed.json."})
-    limit: int = field(default=0, metadata={"help": "At most so many prompts per benchmark category (a fixed subset); 0: all."})
-    compare: str = field(default="", metadata={"help": "benchmarks.jsonl of another run, for paired differences."})
-
-    def __post_init__(self):
-        for name in ("warm_start_batch", "micro_batch", "train_rows", "eval_samples", "eval_batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("eval_rows", "limit", "save_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype must be float32 or bfloat16, not {self.dtype!r}")
-        if not self.model and (self.dtype != "float32" or self.gradient_checkpointing):
-            raise ValueError("--dtype and --gradient-checkpointing are for a --model: the embedded policy is small and float32")
-        if not self.eval_only and (self.benchmarks or self.compare or self.limit):
-            raise ValueError("--benchmarks, --compare and --limit evaluate a policy: they need --eval-only")
-        if self.compare and not Path(self.compare).is_file():
-            raise ValueError(f"no such file: {self.compare} (--compare takes the benchmarks.jsonl of another run)")
+    model: torch.nn.Module
+    chat: rest.Chat
+    engine: rest.Engine
+    optimizer: torch.optim.Optimizer = None
 
 
 def fail(message):
     sys.exit(f"train_small.py: error: {message}")
 
 
+def warn(sentences):
+    for sentence in sentences:
+        print(f"train_small.py: {sentence}", file=sys.stderr)
+
+
 def pick_device(name):
-    """The device of that name, or the first of cuda, mps, cpu that works. Raises ValueError if a named one is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind, _, index = name.partition(":")
-    if name and (not there.get(kind) or kind == "cuda" and int(index or 0) >= torch.cuda.device_count()):
-        raise ValueError(f"device {name!r} is not available here: use one of {', '.join(d for d, ok in there.items() if ok)}")
-    return torch.device(name or next(d for d, ok in there.items() if ok))
+    """The device of that name, or the first that is there. Raises ValueError if a named one is not."""
+    there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    there = ["cuda", *there] if there else []
+    if torch.backends.mps.is_available():
+        there.append("mps")
+    there.append("cpu")
+    if name and name not in there:
+        raise ValueError(f"device {name!r} is not available here: use one of {', '.join(there)}")
+    device = torch.device(name or there[0])
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # streams and graphs are made on the current device
+    return device
 
 
-def open_run(run, cfg):
-    """Path of the run's folder: a new one, or with --resume the old one. Never one that would be written over."""
-    base = Path(run.output_dir)
-    folder = base / (run.name or f"{cfg.method}-seed{cfg.seed}")
-    last, old = folder / "checkpoint", folder / "checkpoint.old"
-    if old.exists() and not last.exists():  # killed between the two moves of `save`
-        old.rename(last)
-    if run.resume:
-        if not (last / "trainer.pt").exists():
-            raise ValueError(f"nothing to resume in {folder}: no checkpoint there (name the run with --name)")
-        return folder
-    if folder.exists() and run.name:
-        there = "continue it with --resume" if last.exists() else "it holds no checkpoint to resume, so delete it"
-        raise ValueError(f"{folder} exists: {there}, or choose another --name")
-    parent = next(path for path in (base, *base.absolute().parents) if path.exists())
-    if not os.access(parent, os.W_OK):
-        raise ValueError(f"cannot write to {parent}: choose another --output-dir")
-    number = 2
-    while folder.exists():
-        folder, number = base / f"{cfg.method}-seed{cfg.seed}-{number}", number + 1
-    return folder
+def load_data(run, cfg):
+    """(training rows, held-out rows); the first are empty under --eval-only."""
+    if cfg.max_turns > 1 and (run.data or run.eval_data):
+        raise ValueError("--max-turns above 1 needs tools that run: it works on the toy tasks, "
+                         "and --data and --eval-data are taken step by step")
+    held_out = run.eval_data or (run.eval_only and run.data)
+    if not run.eval_rows:
+        test = []
+    elif held_out:
+        test = load_rows(held_out, "test" if run.eval_data else "train")[:run.eval_rows]
+    else:
+        test = toy_rows(run.eval_rows, "test", run, cfg)
+    if run.eval_only:
+        return [], test
+    rows = load_rows(run.data) if run.data else toy_rows(run.train_rows, "train", run, cfg)
+    if len(rows) < cfg.prompts:
+        raise ValueError(f"{len(rows)} training rows are fewer than the {cfg.prompts} prompts of a step: "
+                         "lower --prompts")
+    bare = sum("target" not in row and "demo" not in row for row in rows)
+    if supervised(run) and bare:
+        raise ValueError(f"--warm-start-steps needs demonstrations, but {bare} rows of {run.data} have "
+                         'neither "demo" nor "target"')
+    return rows, test
 
 
-def write_json(path, value):
-    """Written beside and then moved, so that an interruption leaves no half of it."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1))
-    part.replace(path)
+def toy_rows(count, split, run, cfg):
+    """Toy tasks; a dialogue of K steps as K single-step rows (SWiRL), unless episodes are rolled out live."""
+    rows = tasks.make_rows(count, split, seed=cfg.seed, mask_names=run.mask_names)
+    return rows if cfg.max_turns > 1 else [step for row in rows for step in tasks.decompose(row)]
 
 
-class Log:
-    """metrics.jsonl, appended line by line; metrics.csv is made from it at every checkpoint and at the end."""
+def load_policy(run, cfg, device, path=""):
+    """The policy in `path`, or --model, or the embedded one after its warm start."""
+    path = path or run.model and whole(run.model)
+    if path:
+        dtype = getattr(torch, run.dtype)
+        lora = {"lora_rank": run.lora_rank} if run.lora_rank else {}
+        model, tokenizer = policy.load_model(path, dtype, run.gradient_checkpointing, **lora)
+    else:
+        steps = run.warm_start_steps if run.warm_start_steps >= 0 else policy.WARM_START_STEPS
+        model, tokenizer = policy.tiny_policy(cfg.seed, steps, noise=run.noise, mask_names=run.mask_names,
+                                              device=device)
+    if not finite(model):
+        raise ValueError(f"the weights of {path or 'the embedded policy'} are not finite: it cannot be used")
+    # the embedded policy learns the format from its demonstrations, a real model is told
+    instructions = "" if tokenizer.chat_template == policy.CHAT_TEMPLATE else INSTRUCTIONS
+    default = cfg.learning_rate == rest.Config.learning_rate
+    if instructions and default and cfg.steps and not run.eval_only:
+        raise ValueError(f"--learning-rate {cfg.learning_rate} is the default of the embedded policy and "
+                         "would wreck a pretrained model: set it, to about 1e-6")
+    model.to(device)
+    engine = fast.engine(model, run.shared_prefix, run.cuda_graph, run.compile_decode)
+    return Learner(model, TemplateChat(tokenizer, instructions, model), engine)
 
-    def __init__(self, folder, keep_steps):
-        self.file, self.csv = folder / "metrics.jsonl", folder / "metrics.csv"
-        lines = self.file.read_text().splitlines(True) if self.file.exists() else []
-        lines = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one
-        self.rows = [row for row in map(json.loads, lines) if row["step"] < keep_steps]  # a resumed run drops what it will redo
-        self.file.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
-    def add(self, row):
-        self.rows.append(row)
-        with open(self.file, "a") as out:
-            out.write(json.dumps(row) + "\n")
-
-    def write_csv(self):
-        if self.rows:
-            with open(self.csv, "w", newline="") as out:
-                writer = csv.DictWriter(out, fieldnames=list(self.rows[0]))
-                writer.writeheader()
-                writer.writerows(self.rows)
+def whole(path):
+    """`path`, and for a run's folder that of its newest whole checkpoint."""
+    if (Path(path) / runs.MANIFEST).is_file():
+        runs.verify(Path(path))
+    if any((Path(path) / name / runs.MANIFEST).is_file() for name in (runs.NEWEST, runs.PREVIOUS)):
+        return newest(path)
+    return path
 
 
-def save(folder, model, tokenizer, optimizer, step):
-    """Checkpoint in folder/checkpoint, made beside it and then moved, so that an interruption leaves the old or the new one."""
-    part, final, old = folder / "checkpoint.part", folder / "checkpoint", folder / "checkpoint.old"
-    for path in (part, old):
-        shutil.rmtree(path, ignore_errors=True)
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    torch.save({"optimizer": optimizer.state_dict(), "step": step}, part / "trainer.pt")
-    if final.exists():
-        final.rename(old)
-    part.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
+def newest(folder):
+    found, _, problems = runs.find_checkpoint(folder)
+    if problems:
+        warn([*problems, f"using {found} instead"])
+    return found
+
+
+def finite(model):
+    return bool(torch.stack([p.detach().isfinite().all() for p in model.parameters()]).all())
+
+
+def context_length(model):
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
+def check_prompts(what, source, rows, learner, cfg):
+    """Raises ValueError naming the first row that is no prompt, or that leaves no room for its completion.
+
+    source: the file they are from. Toy tasks are alike, so that of those the longest are enough."""
+    limit = context_length(learner.model)
+    numbered = list(enumerate(rows, 1))
+    if not source:
+        numbered = sorted(numbered, key=lambda pair: len(repr(pair[1])))[-50:]
+    for number, row in numbered:
+        where = f"row {number} of {source or 'the toy tasks'} ({what})"
+        try:
+            length = len(learner.chat.prompt(row)[0])
+        except Exception as error:  # whatever the chat template raises
+            raise ValueError(f"{where} cannot be written as a prompt: {error!r}") from error
+        if length + cfg.max_completion_tokens > limit:
+            raise ValueError(
+                f"{where} does not fit: its prompt has {length} tokens, with --max-completion-tokens "
+                f"{cfg.max_completion_tokens} that is more than the model's context of {limit}")
+
+
+def train(run, cfg, device, interrupt):
+    began = time.perf_counter()
+    set_seed(cfg.seed)
+    with runs.claim(run.output_dir, run.name, f"{cfg.method}-seed{cfg.seed}", run.resume) as folder:
+        rows, test = load_data(run, cfg)
+        if not folder.new:
+            check_same_run(folder, run, cfg, rows, test)
+        learner, first = (None, 0) if folder.new else reopen(folder, run, cfg, device)
+        if learner is None:
+            learner = load_policy(run, cfg, device)
+            check_prompts("training", run.data, rows, learner, cfg)
+            check_prompts("held-out", run.eval_data, test, learner, cfg)
+            if supervised(run):
+                demonstrate(learner, rows, run, cfg)
+            begin(folder, learner, rows, test, run, cfg)
+        metrics = runs.Metrics(folder, first)
+        warn(metrics.problems)
+        size = sum(p.numel() for p in learner.model.parameters())
+        print(f"{folder}: {cfg.method} on {device}, {size / 1e6:.2f}M parameters, {len(rows)} training rows, "
+              f"steps {first} to {cfg.steps}")
+        before = evaluate_start(folder, learner, test, run, cfg)
+        start = time.perf_counter() - began
+        clock = runs.Clock(device)
+        last = loop(folder, learner, rows, run, cfg, first, metrics, clock, interrupt)
+        total = clock.total()
+        if cfg.steps:
+            evaluate_end(folder, learner, test, run, cfg, before, last is not None)
+        if last:
+            show_step(learner, *last)
+            show_time(folder, clock, start, total, began)
+        finish(folder, metrics)
+
+
+def check_same_run(folder, run, cfg, rows, test):
+    """Raises ValueError if a resumed run has other options or rows than it began with; it may be longer."""
+    file = folder / "config.json"
+    old = runs.read_json(file)
+    try:
+        begun = old["run"] | old["config"]
+        steps = int(begun["steps"])
+        old["lengths"].copy()
+        same_rows = old["rows"] == digest(rows, test)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged: it does not hold the options of a run ({error!r})") from error
+    now = asdict(run) | asdict(cfg)
+    changed = [flag(name) for name in now if name not in FREE and begun.get(name, now[name]) != now[name]]
+    if changed:
+        raise ValueError(f"--resume with other settings than the run began with ({', '.join(changed)}): "
+                         "give the same ones")
+    if not same_rows:
+        sources = f"{run.data or 'the toy tasks'} or {run.eval_data or 'the held-out toy tasks'}"
+        raise ValueError(f"--resume with other rows than the run began with: {sources} changed since")
+    if cfg.steps < steps:
+        raise ValueError(f"--resume with --steps {cfg.steps}, but the run has {steps}: "
+                         "it can only become longer")
+
+
+def reopen(folder, run, cfg, device):
+    """(Learner, finished steps) of the newest whole checkpoint; (None, 0) if not even the start was saved."""
+    def read(path):
+        learner = load_policy(run, cfg, device, path)
+        learner.optimizer = make_optimizer(learner.model, cfg)
+        state = torch.load(path / "trainer.pt", map_location=device, weights_only=True)
+        learner.optimizer.load_state_dict(state["optimizer"])
+        for p, moments in learner.optimizer.state.items():
+            if moments["exp_avg"].shape != p.shape or moments["exp_avg_sq"].shape != p.shape:
+                raise ValueError(f"{path / 'trainer.pt'} belongs to a model of other shapes")
+        return learner, state["step"]
+    try:
+        (learner, first), problems = folder.load(read)
+    except FileNotFoundError:
+        if (folder / "metrics.jsonl").exists():
+            raise ValueError(f"{folder} has metrics but no checkpoint: choose another --name") from None
+        return None, 0
+    if problems:
+        warn([*problems, f"going on from the checkpoint before, after {first} steps"])
+    keep_late(folder, run, first)
+    prolong(folder, cfg, first)
+    return learner, first
+
+
+def keep_late(folder, run, first):
+    """--keep-steps of a resumed run may name its present step, or what was kept already."""
+    for step in run.keep_steps:
+        if step == first:
+            folder.keep(step)
+        elif step < first and not (folder / "kept" / f"step{step}").exists():
+            raise ValueError(f"--keep-steps {step} comes too late: {folder} has finished {first} steps")
+
+
+def prolong(folder, cfg, first):
+    """Writes down a new length, if --steps gives one, and says what that means."""
+    options = runs.read_json(folder / "config.json")
+    steps = options["config"]["steps"]
+    if cfg.steps == steps:
+        return
+    if (folder / "after.json").exists():
+        (folder / "after.json").rename(folder / f"after-{steps}.json")
+    options["config"]["steps"] = cfg.steps
+    options["lengths"].append([first, cfg.steps])
+    runs.write_json(folder / "config.json", options)
+    print(f"{folder}: prolonged from {steps} to {cfg.steps} steps; learning rate, curriculum and reward "
+          f"scaling follow the new length from step {first} on")
+
+
+def make_optimizer(model, cfg):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    fused = trained[0].device.type != "mps"
+    return torch.optim.AdamW(trained, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=fused)
+
+
+def demonstrate(learner, rows, run, cfg):
+    """Supervised steps of a --model on the rows' demonstrations."""
+    rng = random.Random(cfg.seed)
+    noise = 0.0 if run.data else run.noise  # one's own demonstrations are imitated as they are
+    pairs = [(row, row.get("target") or policy.noisy_demonstration(row, rng, noise)) for row in rows]
+    policy.warm_start(learner.model, learner.chat.tokenizer, pairs, run.warm_start_steps,
+                      run.warm_start_batch, run.warm_start_lr, cfg.seed, run.micro_batch,
+                      learner.chat.instructions)
+
+
+def digest(*values):
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def begin(folder, learner, rows, test, run, cfg):
+    """The options, and the start as the checkpoint of step 0: from here on the run can be resumed."""
+    learner.optimizer = make_optimizer(learner.model, cfg)
+    options = {"config": asdict(cfg), "run": asdict(run), "torch": torch.__version__}
+    options["rows"] = digest(rows, test)
+    options["lengths"] = [[0, cfg.steps]]  # from which step on the run had how many
+    runs.write_json(folder / "config.json", options)
+    save(folder, learner, 0, run)
+    # a run that fails in its first step leaves no folder, unless supervised steps would be lost
+    folder.worth = supervised(run) or not cfg.steps
+
+
+def save(folder, learner, step, run):
+    def write(path):
+        learner.model.save_pretrained(path)
+        learner.chat.tokenizer.save_pretrained(path)
+        torch.save({"optimizer": learner.optimizer.state_dict(), "step": step}, path / "trainer.pt")
+    try:
+        folder.save(write, step, keep=step in run.keep_steps)
+    except Exception as error:  # a full disk has several names
+        raise OSError(f"the checkpoint after {step} steps could not be written to {folder} ({error}); "
+                      "what was saved before is kept") from error
+
+
+def measure(learner, test, run, cfg, what):
+    with tqdm(total=len(test), desc=what, unit="row", leave=False) as bar:
+        return rest.evaluate(learner.engine, learner.chat, test, cfg, samples=run.eval_samples, seed=10**6,
+                             batch_rows=run.eval_batch, toolbox_for=tasks.toolbox_for, on_batch=bar.update)
+
+
+def evaluate_start(folder, learner, test, run, cfg):
+    if not test:
+        return None
+    if not (folder / "before.json").exists():
+        runs.write_json(folder / "before.json", measure(learner, test, run, cfg, "evaluating the start"))
+    return runs.read_json(folder / "before.json")
 
 
 def batch_rows(rows, cfg, step):
-    """The rows of a step, a function of (seed, step) alone, so that a resumed run draws what the uninterrupted one would have drawn."""
+    """The rows of a step: a function of (seed, step), so that a resumed run draws what it would have."""
     per_epoch = len(rows) // cfg.prompts
     order = random.Random(f"{cfg.seed}-{step // per_epoch}").sample(range(len(rows)), len(rows))
     start = step % per_epoch * cfg.prompts
     return [rows[i] for i in order[start:start + cfg.prompts]]
 
 
-def load(run, cfg, device, checkpoint=None):
-    """(model, tokenizer, instructions): a checkpoint, --model, or the embedded policy after its warm start."""
-    if checkpoint or run.model:
-        model, tokenizer = policy.load_model(checkpoint or run.model, getattr(torch, run.dtype), run.gradient_checkpointing)
-    else:
-        steps = run.warm_start_steps if run.warm_start_steps >= 0 else policy.WARM_START_STEPS
-        model, tokenizer = policy.tiny_policy(cfg.seed, steps, noise=run.noise, mask_names=run.mask_names, device=device)
-    # the embedded policy learns the format from its demonstrations, a real model is told
-    return model.to(device), tokenizer, "" if tokenizer.chat_template == policy.CHAT_TEMPLATE else INSTRUCTIONS
+def loop(folder, learner, rows, run, cfg, first, metrics, clock, interrupt):
+    """Steps first to cfg.steps, each logged, some saved. Returns (batch, weight) of the last, or None."""
+    last = None
+    saved = first
+    bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc=cfg.method, unit="step")
+    with bar, interrupt.deferred():
+        for step in bar:
+            clock()
+            try:
+                row, batch, weight = one_step(folder, learner, batch_rows(rows, cfg, step), cfg, step, clock)
+            except FloatingPointError:  # in the rollout
+                stop_not_finite(folder, step, saved == step)
+            if not finite(learner.model):
+                stop_not_finite(folder, step, False)
+            metrics.add(row)
+            record(bar, row)
+            last = batch, weight
+            folder.worth = True
+            done = step + 1
+            due = run.save_steps and done % run.save_steps == 0
+            if due or done in run.keep_steps or done == cfg.steps or interrupt.requested:
+                metrics.sync()
+                save(folder, learner, done, run)
+                saved = done
+            if interrupt.requested:
+                fail(f"interrupted after {done} steps; saved. Continue with the same options and "
+                     f"--resume --name {folder.path.name}")
+    return last
 
 
-def single_steps(rows, cfg):
-    """SWiRL: a dialogue of K steps as K single-step rows, unless episodes are rolled out live."""
-    if cfg.max_turns > 1:
-        return rows
-    return [step for row in rows for step in (tasks.decompose(row) if len(row["gold"]) > 1 else [row])]
-
-
-def measure(model, tokenizer, test, run, cfg, instructions, what):
-    with tqdm(total=len(test), desc=what, unit="row", leave=False) as bar:
-        return rest.evaluate(model, tokenizer, test, cfg, samples=run.eval_samples, seed=10**6, batch_rows=run.eval_batch,
-                             toolbox_for=tasks.toolbox_for, instructions=instructions, on_batch=bar.update)
-
-
-def train(run, cfg, device):
-    folder = open_run(run, cfg)
-    if run.resume:
-        old = json.loads((folder / "config.json").read_text())
-        changed = [k for k, v in asdict(cfg).items() if old["config"].get(k) != v]
-        changed += [k for k in ("model", "data", "eval_data", "mask_names", "train_rows", "eval_rows", "eval_samples", "dtype") if old["run"].get(k) != getattr(run, k)]
-        if changed:
-            raise ValueError(f"--resume with other settings than the run began with ({', '.join(changed)}): give the same ones")
-    began = time.perf_counter()
-    set_seed(cfg.seed)
-    if cfg.max_turns > 1 and (run.data or run.eval_data):
-        raise ValueError("--max-turns above 1 needs tools that run: it works on the toy tasks; --data and --eval-data are taken step by step")
-
-    def toy(count, split):
-        return single_steps(tasks.make_rows(count, split, seed=cfg.seed, mask_names=run.mask_names), cfg)
-    rows = load_rows(run.data) if run.data else toy(run.train_rows, "train")
-    test = load_rows(run.eval_data, "test")[:run.eval_rows] if run.eval_data else toy(run.eval_rows, "test")
-    if len(rows) < cfg.prompts:
-        raise ValueError(f"{len(rows)} training rows are fewer than the {cfg.prompts} prompts of a step: lower --prompts")
-    model, tokenizer, instructions = load(run, cfg, device, folder / "checkpoint" if run.resume else None)
-    if instructions and cfg.steps and cfg.learning_rate == rest.Config.learning_rate:
-        raise ValueError(f"--learning-rate {cfg.learning_rate} is the default of the embedded policy and would wreck a pretrained model: set it, to about 1e-6")
-    warm = run.model and not run.resume and run.warm_start_steps > 0
-    if warm:
-        rng = random.Random(cfg.seed)
-        bare = sum("target" not in row and "demo" not in row for row in rows)
-        if bare:
-            raise ValueError(f"--warm-start-steps needs demonstrations, but {bare} rows of {run.data} have neither \"demo\" nor \"target\"")
-        noise = 0.0 if run.data else run.noise  # one's own demonstrations are imitated as they are
-        pairs = [(row, row.get("target") or policy.noisy_demonstration(row, rng, noise)) for row in rows]
-        policy.warm_start(model, tokenizer, pairs, run.warm_start_steps, run.warm_start_batch, run.warm_start_lr, cfg.seed,
-                          micro_batch=run.micro_batch, instructions=instructions)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=device.type != "mps")
-    first = 0
-    if not run.resume:  # made only now, so that a wrong path or option leaves no folder behind
-        folder.mkdir(parents=True)
-        write_json(folder / "config.json", {"config": asdict(cfg), "run": asdict(run), "torch": torch.__version__})
-        if warm:
-            save(folder, model, tokenizer, optimizer, 0)
-    else:
-        state = torch.load(folder / "checkpoint" / "trainer.pt", map_location=device, weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-    log, ready = Log(folder, first), time.perf_counter()
-    size = sum(p.numel() for p in model.parameters())
-    print(f"{folder}: {cfg.method} on {device}, {size / 1e6:.2f}M parameters, {len(rows)} training rows, steps {first} to {cfg.steps}")
-
-    before_file = folder / "before.json"
-    if test and before_file.exists():
-        before = json.loads(before_file.read_text())
-    elif test:
-        before = measure(model, tokenizer, test, run, cfg, instructions, "evaluating the start")
-        write_json(before_file, before)
-    split, mark = {"rollout": 0.0, "reward": 0.0, "update": 0.0}, time.perf_counter()
-    started = mark
-
-    def clock(name):
-        nonlocal mark
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        if name:
-            split[name] += now - mark
-        mark = now
-    seen, stop = None, []
-
-    def interrupt(*_):  # the first Ctrl-C lets the step finish, so that what is saved is a whole step; the second stops at once
-        if stop:
-            raise KeyboardInterrupt
-        stop.append(True)
-        tqdm.write("finishing this step, then saving; Ctrl-C again stops at once", file=sys.stderr)
-    before_interrupt = signal.signal(signal.SIGINT, interrupt)
+def one_step(folder, learner, rows, cfg, step, clock):
+    kept = f"; what was saved is in {folder}" if folder.worth else ""
     try:
-        with tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc=cfg.method, unit="step") as bar:
-            for step in bar:
-                clock(None)
-                metrics, *seen = rest.train_step(model, tokenizer, optimizer, batch_rows(rows, cfg, step), cfg, step,
-                                                 tasks.toolbox_for, instructions, clock)
-                log.add(metrics)
-                bar.set_postfix_str(f"reward {metrics['reward']:+.2f} exact {metrics['exact']:.2f} H fmt {metrics['H_format']:.2f} name "
-                                    f"{metrics['H_name']:.2f} par {metrics['H_params']:.2f} tht {metrics['H_thought']:.2f}")
-                if stop or (run.save_steps and (step + 1) % run.save_steps == 0):
-                    save(folder, model, tokenizer, optimizer, step + 1)
-                    log.write_csv()
-                if stop:
-                    fail(f"interrupted after {step + 1} steps; saved. Continue with the same options and --resume --name {folder.name}")
+        return rest.train_step(learner.engine, learner.chat, learner.optimizer, rows, cfg, step,
+                               tasks.toolbox_for, clock)
     except torch.OutOfMemoryError as error:
-        fail(f"out of memory in step {step}: lower --micro-batch-tokens (update), or --prompts, --group or --max-completion-tokens (rollout); metrics "
-             f"and the last checkpoint, if any, are in {folder} ({error})")
+        fail(f"out of memory in step {step}: lower --micro-batch-tokens (update), or --prompts, --group or "
+             f"--max-completion-tokens (rollout){kept} ({error})")
+    except FloatingPointError:
+        raise
     except Exception as error:  # not the user's input any more: show where
-        raise RuntimeError(f"step {step} failed; metrics and the last checkpoint, if any, are in {folder}") from error
-    finally:
-        signal.signal(signal.SIGINT, before_interrupt)
-    total = max(time.perf_counter() - started, 1e-9)
-    if first < cfg.steps or not (folder / "checkpoint").exists():
-        save(folder, model, tokenizer, optimizer, cfg.steps)
-    log.write_csv()
-    if test and cfg.steps > 0:
-        after = measure(model, tokenizer, test, run, cfg, instructions, "evaluating the end")
-        write_json(folder / "after.json", after)
-        print(f"\nHeld-out rows, {run.eval_samples} samples each at temperature {cfg.temperature}:\n{show.evaluation(before, after)}")
-    if seen:
-        batch, region, weight = seen
-        best = max(range(len(batch.texts)), key=lambda i: len(set(region[i].tolist())))
-        print(f"\nAn episode of the last step, by region, with token weights:\n{show.episode(tokenizer, batch, best, region, weight, sys.stdout.isatty())}")
-        other = total - sum(split.values())
-        write_json(folder / "time.json", {"start": ready - began, **split, "other": other, "steps": total, "run": time.perf_counter() - began})
-        print("\nTime of the RL steps: " + ", ".join(f"{name} {100 * s / total:.1f}%" for name, s in (*split.items(), ("other", other)))
-              + f" of {total:.0f} s; the whole run took {time.perf_counter() - began:.0f} s.")
-    skipped = sum(row["skipped_updates"] for row in log.rows)
+        raise RuntimeError(f"step {step} failed{kept}") from error
+
+
+def stop_not_finite(folder, step, newest_too):
+    """Ends a run whose policy is NaN or infinite. newest_too: it was saved like that, so that the checkpoint
+    before takes its place."""
+    if newest_too and not folder.fall_back():
+        raise ValueError("the policy's logits are not finite from the start: "
+                         "try --dtype float32, or another --model")
+    good = runs.steps_of(folder / runs.NEWEST)
+    fail(f"the policy is no longer finite in step {step}: its weights have diverged. The last good "
+         f"checkpoint, after {good} steps, is {folder / runs.NEWEST}: begin a new run from it by --model, "
+         "with a lower --learning-rate")
+
+
+def record(bar, row):
+    """What is seen of a step while the run goes on."""
+    short = {"format": "fmt", "name": "name", "params": "par", "thought": "tht"}
+    entropies = " ".join(f"{label} {row['H_' + name]:.2f}" for name, label in short.items())
+    bar.set_postfix_str(f"reward {row['reward']:+.2f} exact {row['exact']:.2f} H {entropies}")
+
+
+def evaluate_end(folder, learner, test, run, cfg, before, trained):
+    if not test:
+        return
+    file = folder / "after.json"
+    if trained or not file.exists():
+        try:
+            runs.write_json(file, measure(learner, test, run, cfg, "evaluating the end"))
+        except FloatingPointError:
+            stop_not_finite(folder, cfg.steps, True)
+    table = show.evaluation(before, runs.read_json(file))
+    print(f"\nHeld-out rows, {run.eval_samples} samples each at temperature {cfg.temperature}:\n{table}")
+
+
+def show_step(learner, batch, weight):
+    best = max(range(len(batch.texts)), key=lambda i: len(set(batch.region[i].tolist())))
+    text = show.episode(learner.chat, batch, best, weight, sys.stdout.isatty())
+    print(f"\nAn episode of the last step, by region, with token weights:\n{text}")
+
+
+def show_time(folder, clock, start, total, began):
+    split = clock.seconds | {"other": total - sum(clock.seconds.values())}
+    whole_run = time.perf_counter() - began
+    runs.write_json(folder / "time.json", {"start": start, **split, "steps": total, "run": whole_run})
+    shares = ", ".join(f"{name} {100 * seconds / max(total, 1e-9):.1f}%" for name, seconds in split.items())
+    print(f"\nTime of the RL steps: {shares} of {total:.0f} s; the whole run took {whole_run:.0f} s.")
+
+
+def finish(folder, metrics):
+    """What a finished run leaves to look at."""
+    metrics.sync()
+    skipped = sum(row["skipped_updates"] for row in metrics.rows)
     if skipped:
         print(f"{skipped:.0f} updates were skipped because loss or gradient was not finite.")
     try:
-        if log.rows:
+        if metrics.rows:
             show.curve([folder / "metrics.csv"], folder / "curve.png")
     except ImportError as missing:
         print(f"No curve.png: {missing}")
-    print(f"Policy, metrics.csv and config.json are in {folder}/ (load the policy with --model {folder}/checkpoint).")
+    print(f"Policy, metrics.csv and config.json are in {folder}/ (load the policy with --model {folder}).")
 
+
+# ---------------------------------------------------------------------------------- evaluation alone
 
 def evaluate_only(run, cfg, device):
-    """Benchmarks (greedy), or without --benchmarks the held-out toy tasks (sampled), for --model or the embedded policy."""
-    from toy_tools import benchmarks
-    benchmarks.expand(run.benchmarks)  # refuses unknown names before the model is loaded
-    model, tokenizer, instructions = load(run, cfg, device)
-    if not run.benchmarks:
-        test = single_steps(tasks.make_rows(run.eval_rows, "test", seed=cfg.seed, mask_names=run.mask_names), cfg)
-        print(show.evaluation(measure(model, tokenizer, test, run, cfg, instructions, "evaluating")))
+    """Benchmarks (greedy) or held-out rows (sampled), for the run --name, --model, or the embedded policy."""
+    path = ""
+    if run.name and not run.model:
+        path = Path(run.output_dir) / runs.plain_name(run.name)
+        if not (path / "config.json").is_file():
+            raise ValueError(f"no run {run.name} in {run.output_dir}: --eval-only --name RUN evaluates that "
+                             "run's policy; or give a --model")
+        path = newest(path)
+    if run.benchmarks:
+        run_benchmarks(path, run, cfg, device)
         return
+    _, test = load_data(run, cfg)
+    learner = load_policy(run, cfg, device, path)
+    check_prompts("held-out", run.eval_data or run.data, test, learner, cfg)
+    print(show.evaluation(measure(learner, test, run, cfg, "evaluating")))
 
-    def generate(requests):
-        rows = [{"messages": messages, "tools": offered} for messages, offered in requests]
-        batch = rest.rollout(model, tokenizer, rows, cfg, group=1, greedy=True, instructions=instructions)
-        return [texts[0] if texts else "" for texts in batch.texts]
-    path = Path(run.model)
-    name = run.name or "eval-" + ((path.parent if path.name == "checkpoint" else path).name if run.model else f"embedded-seed{cfg.seed}")
-    folder = Path(run.output_dir) / name
-    weights = hashlib.sha256(b"".join(p.detach().flatten()[:64].float().cpu().numpy().tobytes() for p in model.parameters())).hexdigest()[:12]
-    header = {"weights": weights, "model": run.model or f"embedded, seed {cfg.seed}", "dtype": run.dtype, "max_completion_tokens": cfg.max_completion_tokens,
-              "instructions": instructions}
-    results = benchmarks.evaluate_benchmarks(run.benchmarks, generate, folder, run.limit or None, header, run.api_bank_dir, run.eval_batch)
-    print(benchmarks.table(results, run.compare or None))
-    print(f"Raw outputs and scores: {folder}/benchmarks.jsonl")
+
+def run_benchmarks(path, run, cfg, device):
+    benchmarks.expand(run.benchmarks)  # refuses unknown names before the model is loaded
+    if run.compare:
+        benchmarks.load_results(run.compare)  # refused before the hours, not after
+    of_model = Path(run.model).parent if Path(run.model).name == runs.NEWEST else Path(run.model)
+    name = run.name or "eval-" + (of_model.name if run.model else f"embedded-seed{cfg.seed}")
+    with runs.RunFolder(run.output_dir, name, marks=("config.json", "benchmarks.jsonl")) as folder:
+        learner = load_policy(run, cfg, device, path)
+        longest = context_length(learner.model) - cfg.max_completion_tokens
+
+        def generate(requests):
+            folder.worth = True
+            rows = [{"messages": messages, "tools": offered} for messages, offered in requests]
+            fits = [len(learner.chat.prompt(row)[0]) <= longest for row in rows]
+            texts = iter(())
+            if any(fits):
+                fitting = [row for row, fit in zip(rows, fits) if fit]
+                batch = rest.rollout(learner.engine, learner.chat, fitting, cfg, group=1, greedy=True)
+                texts = iter(batch.texts)
+            return [(next(texts) or [""])[0] if fit else None for fit in fits]
+        header = {"weights": fingerprint(learner.model), "dtype": run.dtype,
+                  "model": run.model or str(path) or f"embedded, seed {cfg.seed}",
+                  "max_completion_tokens": cfg.max_completion_tokens,
+                  "instructions": learner.chat.instructions}
+        results = benchmarks.evaluate_benchmarks(run.benchmarks, generate, folder.path, run.limit or None,
+                                                 header, run.api_bank_dir, run.eval_batch,
+                                                 compare=run.compare or None)
+        print(benchmarks.table(results, run.compare or None))
+        print(f"Raw outputs and scores: {folder}/benchmarks.jsonl")
+
+
+def fingerprint(model):
+    """A few of each tensor's weights, hashed: tells policies apart that have one name."""
+    some = (p.detach().flatten()[:64].float().cpu().numpy().tobytes() for p in model.parameters())
+    return hashlib.sha256(b"".join(some)).hexdigest()[:12]
 
 
 def main(argv=None):
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    parser = HfArgumentParser((Run, rest.Config), description=__doc__)
     try:
-        run, cfg = parser.parse_args_into_dataclasses(argv)
-        device = pick_device(run.device)
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)  # streams and graphs are made on the current device
-        (evaluate_only if run.eval_only else train)(run, cfg, device)
-    except (ValueError, OSError, ImportError) as error:
+        with runs.Interrupt() as interrupt:
+            run, cfg, given = read_options(argv)
+            device = pick_device(run.device)
+            check(run, cfg, given, device)
+            if run.eval_only:
+                evaluate_only(run, cfg, device)
+            else:
+                train(run, cfg, device, interrupt)
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         fail(error)
     except KeyboardInterrupt:
         fail("interrupted; what was saved before is kept, the rest is lost")

@@ -85,10 +85,11 @@ def call(name, /, **arguments):
 def script(turns, together=False):
     """Turns (lists of calls) -> the texts of a policy that makes these calls, then ends the turn.
 
-    One call a step, but no more than 20 steps a turn; all in one step if `together`."""
+    One call a step, but no more than 20 steps a turn; if `together`, as many in a step as are read
+    (all, but for two dialogues)."""
     texts = []
     for calls in turns:
-        most = len(calls) if together else -(-len(calls) // MAX_STEPS)
+        most = rest.MAX_CALLS if together else -(-len(calls) // MAX_STEPS)
         texts += [completion(calls[i:i + most]) for i in range(0, len(calls), most or 1)]
         texts.append(completion([]))
     return texts
@@ -911,6 +912,18 @@ def made(counts):
     """{category: (right, n)} -> results."""
     return [{"category": category, "id": f"{category}_{i}", "score": int(i < k), "data": ""}
             for category, (k, n) in counts.items() for i in range(n)]
+
+
+def test_table_pairs_only_what_both_runs_have():
+    """Of two splits of four that the other run has, each is paired; the overall is not, since a
+    part of it has no pair."""
+    new = made(dict(zip(DIALOGUES, [(3, 4), (0, 10), (7, 7), (1, 3)])))
+    old = made(dict(zip(DIALOGUES[:2], [(1, 2), (2, 20)])))
+    lines = cells(table(new, old))
+    assert lines["multi_turn_base"][5:7] == ["2", "+50.0"]
+    assert lines["multi_turn_miss_func"][5:7] == ["10", "-20.0"]
+    for label in (*DIALOGUES[2:], "bfcl-multi-turn, overall"):
+        assert len(lines[label]) == 5
 
 
 def test_overall_is_the_leaderboards(official):

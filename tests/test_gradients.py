@@ -501,20 +501,21 @@ def test_the_order_of_samples_does_not_change_the_gradient():
 
 
 def test_chunked_logps_equal_whole_ones():
-    """token_logps in chunks of 3 rows equals one chunk, values and gradients, with a head and without."""
+    """fast.head_logps in chunks of 3 rows equals one chunk and rest.token_logps of the logits, values and gradients."""
     torch.manual_seed(0)
     head, x, y = torch.nn.Linear(8, 50, bias=False), torch.randn(20, 8), torch.randint(0, 50, (20,))
-    for h, inputs in ((head, x), (None, torch.randn(20, 50))):
-        results = []
-        for chunk in (2**20, 150):
-            leaf = inputs.clone().requires_grad_()
-            logp = rest.token_logps(leaf, y, 0.5, h, chunk_elements=chunk)
-            (logp * torch.arange(20)).sum().backward()
-            results.append((logp.detach(), leaf.grad))
-        for a, b in zip(*results):
+    results = []
+    for logps in (lambda h: fast.head_logps(h, y, 0.5, head), lambda h: fast.head_logps(h, y, 0.5, head, chunk_elements=150),
+                  lambda h: rest.token_logps(head(h), y, 0.5)):
+        leaf = x.clone().requires_grad_()
+        logp = logps(leaf)
+        (logp * torch.arange(20)).sum().backward()
+        results.append((logp.detach(), leaf.grad))
+    for other in results[1:]:
+        for a, b in zip(results[0], other):
             assert torch.allclose(a, b, atol=1e-6)
-        log_p = torch.log_softmax((inputs @ head.weight.T if h is not None else inputs).detach() / 0.5, -1)
-        assert torch.allclose(results[0][0], log_p.gather(1, y[:, None])[:, 0], atol=1e-5)
+    log_p = torch.log_softmax((x @ head.weight.T).detach() / 0.5, -1)
+    assert torch.allclose(results[0][0], log_p.gather(1, y[:, None])[:, 0], atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------- update and metrics

@@ -1,11 +1,15 @@
-"""train_small.py as its users run it: as a command, resumed, interrupted, with another model, with wrong input; and the whole loop learning."""
+"""train_small.py as its users run it: as a command, resumed, interrupted, killed, prolonged, evaluated.
+
+Wrong input is in test_options.py. `REST_LONG=1` kills the command 20 times instead of once."""
 
 import csv
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,12 +18,29 @@ from conftest import CALL, ROW, by_text, byte_tokenizer, qwen3, write_rows
 
 import rest
 import train_small
-from toy_tools import policy, tasks
+from toy_tools import policy, runs, tasks
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["--prompts", "4", "--group", "4", "--eval-rows", "5", "--eval-samples", "1",
-         "--max-completion-tokens", "12", "--device", "cpu", "--train-rows", "40",
-         "--warm-start-steps", "2", "--learning-rate", "1e-4"]
+KILLS = 20 if os.environ.get("REST_LONG") else 1
+SMALL = {"--prompts": "4", "--group": "4", "--eval-rows": "5", "--eval-samples": "1", "--device": "cpu",
+         "--max-completion-tokens": "12", "--train-rows": "40", "--warm-start-steps": "2",
+         "--learning-rate": "1e-4"}
+EVALUATION = ("--eval-rows", "--eval-samples", "--max-completion-tokens", "--device")
+
+
+def small(*args):
+    """The options SMALL that apply and that args do not give, and args."""
+    own = set(args)
+    if "--data" in args:
+        own.add("--train-rows")
+    if ("--eval-rows", "0") in zip(args, args[1:]):
+        own.add("--eval-samples")
+    names = [name for name in SMALL if name not in own]
+    if "--eval-only" in args:
+        names = [name for name in names if name in EVALUATION]
+    if "--benchmarks" in args:
+        names = ["--device"]
+    return [word for name in names for word in (name, SMALL[name])] + list(args)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +78,9 @@ def dialogue(tmp_path_factory):
 
 
 def run(tmp_path, *args):
-    train_small.main([*SMALL, "--output-dir", str(tmp_path), *args])
+    if "--eval-only" not in args or "--benchmarks" in args or "--name" in args:
+        args = ("--output-dir", str(tmp_path), *args)
+    train_small.main(small(*args))
 
 
 def weights(folder):
@@ -76,12 +99,13 @@ def learnt(folder, start):
 
 
 def command(*args):
-    return subprocess.run([sys.executable, "train_small.py", *args], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    words = [sys.executable, "train_small.py", *args]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def test_the_command_trains_logs_saves_and_shows(start, tmp_path):
     """As a reader runs it: a folder with everything in it, a table, an episode, and no warning."""
-    done = command("--steps", "3", "--output-dir", str(tmp_path), *SMALL)
+    done = command(*small("--steps", "3", "--output-dir", str(tmp_path)))
     assert done.returncode == 0, done.stderr[-2000:]
     folder = tmp_path / "rest-seed0"
     rows, table = metrics(folder), list(csv.DictReader(open(folder / "metrics.csv")))
@@ -126,29 +150,6 @@ def test_the_printed_table_is_before_and_after(start, tmp_path, capsys):
                     f"{row['tokens']:.1f}"] in printed
 
 
-def test_help_names_every_knob():
-    done = command("--help")
-    assert done.returncode == 0
-    for name in (*rest.Config.__dataclass_fields__, *train_small.Run.__dataclass_fields__):
-        assert "--" + name.replace("_", "-") in done.stdout or "--" + name in done.stdout
-
-
-@pytest.mark.parametrize("args, words", [
-    (["--method", "ppo"], "method must be one of rest, "), (["--group", "1"], "at least 2"), (["--top-p", "0.9"], "top_k/top_p"),
-    (["--resume", "--name", "none"], "nothing to resume"), (["--device", "tpu"], "device"), (["--model", "no/such.gguf"], "no such file"),
-    (["--model", "./nowhere"], "nowhere"), (["--data", "nowhere.jsonl"], "nowhere.jsonl"), (["--prompts", "500"], "lower --prompts"),
-    (["--dtype", "int8"], "dtype"), (["--device", "cuda:99"], "device"), (["--benchmarks", "bfcl"], "--eval-only"), (["--eval-samples", "0"], "eval_samples"),
-    (["--eval-only", "--benchmarks", "nope"], "unknown benchmark"), (["--eval-only", "--compare", "nope"], "no such file"),
-    (["--dtype", "bfloat16"], "for a --model"), (["--eval-rows", "-1"], "eval_rows"), (["--learning-rate", "0"], "learning_rate"),
-    (["--weight-min", "9"], "weight_max"), (["--max-turns", "2", "--data", "x.jsonl"], "--max-turns")])
-def test_wrong_input_gets_one_sentence(start, tmp_path, capsys, monkeypatch, args, words):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        train_small.main([*SMALL, "--output-dir", str(tmp_path), *args])
-    message = str(stop.value.code) if not isinstance(stop.value.code, int) else capsys.readouterr().err
-    assert words in message and "Traceback" not in message
-
-
 def test_a_resumed_run_equals_the_uninterrupted_one(start, tmp_path, monkeypatch):
     """Pitfall 13. Interrupted by Ctrl-C within the third of 5 steps, then resumed: the same metrics
     line by line and the same final weights, bit for bit. Learning rate, curriculum, reward scaling,
@@ -170,10 +171,11 @@ def test_a_resumed_run_equals_the_uninterrupted_one(start, tmp_path, monkeypatch
     with pytest.raises(SystemExit, match="interrupted after 3 steps; saved"):
         run(tmp_path, "--name", "parts", *options)
     monkeypatch.setattr(rest, "train_step", step)
-    for name, value in (("data", "x.jsonl"), ("eval-samples", "2"), ("learning-rate", "0.1"),
+    for name, value in (("eval-samples", "2"), ("learning-rate", "0.1"),
                         ("weight-decay", "0.2"), ("eval-rows", "6"), ("train-rows", "50")):
-        with pytest.raises(SystemExit, match=name.replace("-", "_")):
-            run(tmp_path, "--name", "parts", *options, "--resume", f"--{name}", value)
+        changed = options if name != "weight-decay" else options[:2]
+        with pytest.raises(SystemExit, match=f"other settings than the run began with .*--{name}"):
+            run(tmp_path, "--name", "parts", *changed, "--resume", f"--{name}", value)
     measured, evaluate = [], rest.evaluate
     monkeypatch.setattr(rest, "evaluate", lambda *a, **k: measured.append(1) or evaluate(*a, **k))
     run(tmp_path, "--name", "parts", *options, "--resume")
@@ -208,22 +210,9 @@ def test_a_crash_between_checkpoints_loses_only_what_is_redone(start, tmp_path, 
     run(tmp_path, "--name", "parts", "--steps", "5", "--save-steps", "2", "--resume")
     assert metrics(whole) == metrics(parts)
     assert torch.equal(weights(whole), weights(parts))
-    (parts / "checkpoint").rename(parts / "checkpoint.old")  # killed between the two moves of a save
+    (parts / "checkpoint").rename(parts / "checkpoint.part")  # killed between the moves of a save
     run(tmp_path, "--name", "parts", "--steps", "5", "--save-steps", "2", "--resume")
     assert torch.equal(weights(whole), weights(parts))
-
-
-def test_leftovers_of_a_killed_save_do_no_harm(start, tmp_path):
-    """Neither an unfinished nor an old checkpoint gets into the next one."""
-    run(tmp_path, "--name", "a", "--steps", "1")
-    folder = tmp_path / "a"
-    assert learnt(folder, start)
-    for name in ("checkpoint.part", "checkpoint.old"):
-        (folder / name).mkdir()
-        (folder / name / "junk").write_text("x")
-    model, tokenizer = policy.load_model(folder / "checkpoint")
-    train_small.save(folder, model, tokenizer, torch.optim.AdamW(model.parameters()), 1)
-    assert not (folder / "checkpoint/junk").exists() and not (folder / "checkpoint.old").exists()
 
 
 def test_rows_of_a_step():
@@ -243,9 +232,7 @@ def test_a_bug_within_a_step_shows_where_it_is(start, tmp_path, monkeypatch):
     monkeypatch.setattr(rest, "train_step", wrong)
     with pytest.raises(RuntimeError, match="step 0 failed") as error:
         run(tmp_path, "--name", "bug", "--steps", "2")
-    assert str(error.value.__cause__) == "a bug"
-    with pytest.raises(SystemExit, match="no checkpoint to resume, so delete it"):
-        run(tmp_path, "--name", "bug", "--steps", "2")
+    assert str(error.value.__cause__) == "a bug" and not (tmp_path / "bug").exists()
 
 
 def test_finished_runs_are_not_written_over(start, tmp_path):
@@ -302,14 +289,14 @@ def test_what_a_real_model_is_told(tmp_path, monkeypatch):
     seen, step, evaluate = {}, rest.train_step, rest.evaluate
 
     def warm_start(model, tokenizer, pairs, *args, **kwargs):
-        seen.update(pairs=pairs, warm=kwargs["instructions"])
+        seen.update(pairs=pairs, warm=args[-1])
     monkeypatch.setattr(rest, "score_texts", by_text)
     monkeypatch.setattr(policy, "warm_start", warm_start)
-    monkeypatch.setattr(rest, "train_step", lambda *a: seen.update(train=a[7]) or step(*a))
-    monkeypatch.setattr(rest, "evaluate", lambda *a, **k: seen.update(eval=k["instructions"])
+    monkeypatch.setattr(rest, "train_step", lambda *a: seen.update(train=a[1].instructions) or step(*a))
+    monkeypatch.setattr(rest, "evaluate", lambda *a, **k: seen.update(eval=a[1].instructions)
                         or evaluate(*a, **k))
     run(tmp_path, "--model", str(model), "--data", str(data), "--eval-data", str(data),
-        "--steps", "1", "--name", "m", "--noise", "0.9")
+        "--steps", "1", "--name", "m")
     assert learnt(tmp_path / "m", model)
     assert seen["warm"] == seen["train"] == seen["eval"] == train_small.INSTRUCTIONS
     assert [text for _, text in seen["pairs"]] == [
@@ -389,7 +376,7 @@ def test_zero_steps_make_a_start_that_several_runs_share(start, tmp_path):
 
 
 @pytest.mark.parametrize("turns", [1, 3])
-@pytest.mark.parametrize("method", rest.METHODS)
+@pytest.mark.parametrize("method", rest.WEIGHTS)
 def test_every_method_takes_a_live_and_a_single_step(dialogue, tmp_path, monkeypatch, method, turns):
     """Two passes on a dialogue that the policy knows nearly: tools run in every episode that calls
     them and only in the live run, their answers are read, and the policy moves."""
@@ -423,3 +410,231 @@ def test_every_method_takes_a_live_and_a_single_step(dialogue, tmp_path, monkeyp
         again = [i for i, box in enumerate(made) if box.ran and len(batch.turns[i]) > 1]
         assert again and all(not batch.sampled[i].all() for i in again)
         assert max(map(len, batch.turns)) == 3
+
+
+# ---------------------------------------------------------------------- nothing lost
+
+def test_sigterm_does_what_ctrl_c_does(start, tmp_path, monkeypatch):
+    """A cluster's signal in the first step: that step is finished and saved, and the same command goes on."""
+    again = ["--name", "a", "--steps", "3", "--resume"]
+    step = rest.train_step
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGTERM)
+        return step(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(rest, "train_step", interrupted)
+        with pytest.raises(SystemExit, match="interrupted after 1 steps; saved"):
+            run(tmp_path, *again)
+    assert len(metrics(tmp_path / "a")) == 1 and (tmp_path / "a/metrics.csv").exists()
+    run(tmp_path, *again)
+    run(tmp_path, "--name", "whole", "--steps", "3")
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "whole")
+    assert torch.equal(weights(tmp_path / "a"), weights(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("module, name", [
+    (policy, "tiny_policy"), (runs, "write_manifest"), (rest, "evaluate"), (rest, "train_step")])
+def test_one_and_the_same_command_is_queued_again(start, tmp_path, monkeypatch, module, name):
+    """Killed while the policy is loaded, while the start is saved, in the first evaluation or step:
+    --resume, which was there from the beginning, begins the run or goes on. A run killed before its first
+    checkpoint could once neither be resumed nor begun again."""
+    again = ["--name", "a", "--steps", "2", "--resume"]
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_, **__):
+        raise Killed
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.RunFolder, "__exit__", lambda self, *_: self.close())  # a kill tidies nothing up
+        patch.setattr(module, name, killed)
+        with pytest.raises(Killed):
+            run(tmp_path, *again)
+        assert (tmp_path / "a").exists()
+    run(tmp_path, *again)
+    assert learnt(tmp_path / "a", start) and len(metrics(tmp_path / "a")) == 2
+
+
+def test_the_command_survives_kills(start, tmp_path):
+    """Real SIGKILLs of the real command, between its start and its end; then it is as if there were none."""
+    options = ("--steps", "6", "--save-steps", "1", "--name", "a", "--resume")
+    words = [sys.executable, "train_small.py", *small(*options, "--output-dir", str(tmp_path))]
+    for _ in range(KILLS):
+        process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not (tmp_path / "a").exists():
+            time.sleep(0.05)
+        time.sleep(random.uniform(0, 3))
+        process.kill()
+        process.wait()
+    run(tmp_path, *options)
+    run(tmp_path, "--steps", "6", "--name", "whole")
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "whole")
+    assert torch.equal(weights(tmp_path / "a"), weights(tmp_path / "whole"))
+    assert (tmp_path / "a/after.json").read_text() == (tmp_path / "whole/after.json").read_text()
+
+
+def test_a_second_process_is_refused(start, tmp_path):
+    run(tmp_path, "--name", "a", "--steps", "1")
+    with runs.RunFolder(tmp_path, "a"), pytest.raises(SystemExit, match="in use by another process"):
+        run(tmp_path, "--name", "a", "--steps", "1", "--resume")
+
+
+@pytest.mark.parametrize("name", ["evaluate", "train_step"])
+def test_what_is_noticed_late_leaves_no_folder(start, tmp_path, monkeypatch, name):
+    def wrong(*_, **__):
+        raise ValueError("a row that cannot be")
+    monkeypatch.setattr(rest, name, wrong)
+    with pytest.raises((SystemExit, RuntimeError)):
+        run(tmp_path / "new", "--steps", "1")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_finished_run_is_prolonged(start, tmp_path, capsys, monkeypatch):
+    """Its steps stay, the schedules follow the new length, the old result is kept; resumed without
+    more steps nothing is measured again."""
+    run(tmp_path, "--name", "a", "--steps", "2")
+    first = metrics(tmp_path / "a")
+    result = (tmp_path / "a/after.json").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(rest, "evaluate", None)
+        run(tmp_path, "--name", "a", "--steps", "2", "--resume")
+    with pytest.raises(SystemExit, match="only become longer"):
+        run(tmp_path, "--name", "a", "--steps", "1", "--resume")
+    run(tmp_path, "--name", "a", "--steps", "5", "--resume")
+    told = capsys.readouterr().out
+    assert "prolonged from 2 to 5 steps" in told and "follow the new length from step 2 on" in told
+    rows = metrics(tmp_path / "a")
+    assert rows[:2] == first and [row["step"] for row in rows] == list(range(5))
+    assert rows[3]["lr"] == rest.learning_rate(rest.Config(steps=5, learning_rate=1e-4), 3)
+    assert (tmp_path / "a/after-2.json").read_text() == result != (tmp_path / "a/after.json").read_text()
+    assert json.loads((tmp_path / "a/config.json").read_text())["lengths"] == [[0, 2], [2, 5]]
+
+
+def test_a_damaged_checkpoint_costs_only_its_steps(start, tmp_path, capsys):
+    """A flipped bit in the optimiser's state was once loaded in silence."""
+    for name in ("a", "whole"):
+        run(tmp_path, "--name", name, "--steps", "4", "--save-steps", "2")
+    (tmp_path / "a/after.json").unlink()
+    file = tmp_path / "a/checkpoint/trainer.pt"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    run(tmp_path, "--name", "a", "--steps", "4", "--save-steps", "2", "--resume")
+    told = capsys.readouterr().err
+    assert "trainer.pt is damaged" in told and "going on from the checkpoint before, after 2 steps" in told
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "whole")
+    assert torch.equal(weights(tmp_path / "a"), weights(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("what, good", [("update", 3), ("rollout", 2)])
+def test_a_policy_that_is_not_finite_stops_the_run(start, tmp_path, monkeypatch, what, good):
+    """Step 3 makes NaN, or finds it: one sentence, and `checkpoint` is one from before that. It once
+    went on to its end and said nothing."""
+    step = rest.train_step
+
+    def nan(*args):
+        if args[5] == 3 and what == "rollout":
+            args[0].model.model.norm.weight.data.fill_(3e38)
+        result = step(*args)
+        if args[5] == 3:
+            next(args[0].model.parameters()).data[0] = torch.nan
+        return result
+    monkeypatch.setattr(rest, "train_step", nan)
+    with pytest.raises(SystemExit, match=f"no longer finite in step 3: .* after {good} steps") as stop:
+        run(tmp_path, "--name", "a", "--steps", "6", "--save-steps", "1")
+    assert "\n" not in str(stop.value.code)
+    assert weights(tmp_path / "a").isfinite().all() and len(metrics(tmp_path / "a")) == 3
+    runs.verify(tmp_path / "a/checkpoint")
+
+
+def test_a_policy_that_diverged_in_the_last_step(start, tmp_path, monkeypatch):
+    """Found by the evaluation of the end."""
+    evaluate = rest.evaluate
+
+    def nan(engine, *args, **kwargs):
+        if (tmp_path / "a/before.json").exists():
+            engine.model.model.norm.weight.data.fill_(3e38)
+        return evaluate(engine, *args, **kwargs)
+    monkeypatch.setattr(rest, "evaluate", nan)
+    with pytest.raises(SystemExit, match="no longer finite in step 2: .* after 1 steps"):
+        run(tmp_path, "--name", "a", "--steps", "2", "--save-steps", "1")
+
+
+def test_a_model_whose_logits_overflow_is_refused(tmp_path):
+    """Finite weights, and yet no distribution: every update was skipped in silence."""
+    model = qwen3()
+    model.model.norm.weight.data.fill_(3e38)
+    model.save_pretrained(tmp_path / "huge")
+    byte_tokenizer().save_pretrained(tmp_path / "huge")
+    with pytest.raises(SystemExit, match="logits are not finite"):
+        run(tmp_path, "--model", str(tmp_path / "huge"), "--warm-start-steps", "0", "--name", "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_full_disk_keeps_what_was_saved(start, tmp_path, monkeypatch):
+    saved = torch.save
+
+    def full(state, path):
+        if state["step"] == 2:
+            raise OSError(28, "No space left on device")
+        saved(state, path)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit, match="checkpoint after 2 steps could not be written to .*No space left"):
+        run(tmp_path, "--name", "a", "--steps", "4", "--save-steps", "1")
+    monkeypatch.setattr(torch, "save", saved)
+    run(tmp_path, "--name", "a", "--steps", "4", "--save-steps", "1", "--resume")
+    assert len(metrics(tmp_path / "a")) == 4
+
+
+def test_rows_that_changed_are_another_run(tmp_path):
+    """The same file name, and other rows in it."""
+    model = chat_model(tmp_path / "model")
+    data = demonstrations(tmp_path / "data.jsonl", 6)
+    more = ["--model", str(model), "--data", str(data), "--warm-start-steps", "0", "--steps", "1",
+            "--name", "a"]
+    run(tmp_path, *more)
+    demonstrations(tmp_path / "data.jsonl", 7)
+    with pytest.raises(SystemExit, match="other rows than the run began with: .*data.jsonl"):
+        run(tmp_path, *more, "--resume")
+
+
+def test_kept_steps_stay(start, tmp_path):
+    run(tmp_path, "--name", "a", "--steps", "5", "--keep-steps", "0", "2", "3")
+    kept = tmp_path / "a/kept"
+    assert sorted(path.name for path in kept.iterdir()) == ["step0", "step2", "step3"]
+    assert torch.equal(weights(kept / "step0"), weights(start))
+    assert not torch.equal(weights(kept / "step2"), weights(kept / "step3"))
+    run(tmp_path, "--name", "a", "--steps", "5", "--keep-steps", "2", "5", "--resume")
+    assert torch.equal(weights(kept / "step5"), weights(tmp_path / "a"))
+    with pytest.raises(SystemExit, match="--keep-steps 4 comes too late"):
+        run(tmp_path, "--name", "a", "--steps", "5", "--keep-steps", "4", "--resume")
+
+
+# ---------------------------------------------------------------------- evaluation alone
+
+def test_eval_only_evaluates_what_it_was_asked_to(start, tmp_path, capsys, monkeypatch):
+    """--name RUN is that run's policy, also where its newest checkpoint is damaged; --eval-data and --data
+    are the rows. It once scored a fresh warm start on the toy tasks."""
+    run(tmp_path, "--name", "a", "--steps", "2", "--save-steps", "1")
+    data = demonstrations(tmp_path / "data.jsonl", 3)
+    seen = []
+
+    def evaluate(engine, chat, rows, cfg, **_):
+        seen.append((torch.cat([p.detach().flatten() for p in engine.model.parameters()]), rows))
+        return {"all": {"n": 1, "exact": 0.0, "format": 0.0, "tokens": 0.0}}
+    monkeypatch.setattr(rest, "evaluate", evaluate)
+    run(tmp_path, "--eval-only", "--name", "a")
+    run(tmp_path, "--eval-only", "--name", "a", "--eval-data", str(data))
+    run(tmp_path, "--eval-only", "--name", "a", "--data", str(data), "--eval-rows", "2")
+    assert all(torch.equal(policy_weights, weights(tmp_path / "a")) for policy_weights, _ in seen)
+    assert [len(rows) for _, rows in seen[1:]] == [3, 2]
+    assert all(row["messages"] == ROW["messages"] for row in seen[1][1])
+    assert not any(row["messages"] == ROW["messages"] for row in seen[0][1])
+    (tmp_path / "a/checkpoint/tokenizer.json").unlink()
+    for args in (["--name", "a"], ["--model", str(tmp_path / "a")]):
+        run(tmp_path, "--eval-only", *args)
+        assert "tokenizer.json is missing" in capsys.readouterr().err
+        assert torch.equal(seen[-1][0], weights(tmp_path / "a/checkpoint.previous"))
+    with pytest.raises(SystemExit, match="tokenizer.json is missing"):
+        run(tmp_path, "--eval-only", "--model", str(tmp_path / "a/checkpoint"))

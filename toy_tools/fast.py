@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 import rest
@@ -344,11 +345,24 @@ class SharedEngine(rest.Engine):
             own = hidden[:, Lp:].unflatten(1, (n, T))[:, :, :-1]                           # (P, n, T-1, H)
             states = torch.cat([last, own], 2).flatten(0, 2)                               # (P*n*T, H)
             head = self.model.get_output_embeddings()
-            return rest.token_logps(states, completions.flatten(), temperature, head).view(P * n, T)
+            return head_logps(states, completions.flatten(), temperature, head).view(P * n, T)
 
     def backward(self, loss):
         with self.attention():  # gradient checkpointing forwards again in here
             loss.backward()
+
+
+def head_logps(states, targets, temperature, head, chunk_elements=2**26):
+    """rest.token_logps of hidden states [M, H] with their output layer. In chunks whose logits are made again in the
+    backward pass, so that [M, V] floats never exist at once."""
+    def logps(states, targets):
+        return rest.token_logps(head(states), targets, temperature)
+
+    size = max(1, chunk_elements // head.weight.shape[0])
+    if len(states) <= size:
+        return logps(states, targets)
+    parts = zip(states.split(size), targets.split(size))
+    return torch.cat([checkpoint(logps, *part, use_reentrant=False) for part in parts])
 
 
 @functools.cache

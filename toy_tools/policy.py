@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import rest
-from toy_tools import chat, tasks, tools
+from toy_tools import chat, fast, tasks, tools
 
 # --------------------------------------------------------------------------------------------- the embedded policy
 
@@ -170,7 +170,7 @@ def supervised(model, sequences, steps, learning_rate, micro_batch, what="warm s
             mask = torch.tensor([m + [False] * (width - len(m)) for _, m in part], device=device)[:, 1:]
             with rest.autocast(model):
                 hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][mask]  # (tokens, H)
-                logp = rest.token_logps(hidden, ids[:, 1:][mask], 1.0, model.get_output_embeddings())
+                logp = fast.head_logps(hidden, ids[:, 1:][mask], 1.0, model.get_output_embeddings())
             micro = -logp.sum() / total
             micro.backward()
             loss += float(micro.detach())
