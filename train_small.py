@@ -11,7 +11,7 @@ import os
 import random
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -22,10 +22,10 @@ from transformers import set_seed
 from transformers.utils import logging as hf_logging
 
 import rest
-from toy_tools import benchmarks, fast, policy, runs, show, tasks
+from toy_tools import benchmarks, explain, fast, policy, report, runs, show, tasks
 from toy_tools.chat import TemplateChat
 from toy_tools.data import load_rows
-from toy_tools.options import FREE, Run, check, flag, read_options, supervised
+from toy_tools.options import FREE, check, flag, read_options, supervised
 
 INSTRUCTIONS = (
     "First think inside <think> and </think>. Then either call tools, one JSON object per line inside "
@@ -40,7 +40,6 @@ class Learner:
     """The policy and what the algorithm speaks to."""
 
     model: torch.nn.Module
-    tokenizer: object
     chat: rest.Chat
     engine: rest.Engine
     optimizer: torch.optim.Optimizer = None
@@ -117,28 +116,32 @@ def load_policy(run, cfg, device, path=""):
     # the embedded policy learns the format from its demonstrations, a real model is told
     instructions = "" if tokenizer.chat_template == policy.CHAT_TEMPLATE else INSTRUCTIONS
     default = cfg.learning_rate == rest.Config.learning_rate
-    if instructions and default and cfg.steps and not run.eval_only:
+    if instructions and default and cfg.steps and not (run.eval_only or run.explain):
         raise ValueError(f"--learning-rate {cfg.learning_rate} is the default of the embedded policy and "
                          "would wreck a pretrained model: set it, to about 1e-6")
     model.to(device)
     engine = fast.engine(model, run.shared_prefix, run.cuda_graph, run.compile_decode)
-    return Learner(model, tokenizer, TemplateChat(tokenizer, instructions, model), engine)
+    return Learner(model, TemplateChat(tokenizer, instructions, model), engine)
 
 
 def whole(path):
     """`path`, and for a run's folder that of its newest whole checkpoint."""
     if (Path(path) / runs.MANIFEST).is_file():
         runs.verify(Path(path))
-    if not any((Path(path) / name / runs.MANIFEST).is_file() for name in (runs.NEWEST, runs.PREVIOUS)):
-        return path
-    found, _, problems = runs.find_checkpoint(path)
+    if any((Path(path) / name / runs.MANIFEST).is_file() for name in (runs.NEWEST, runs.PREVIOUS)):
+        return newest(path)
+    return path
+
+
+def newest(folder):
+    found, _, problems = runs.find_checkpoint(folder)
     if problems:
         warn([*problems, f"using {found} instead"])
     return found
 
 
 def finite(model):
-    return all(bool(p.detach().isfinite().all()) for p in model.parameters())
+    return bool(torch.stack([p.detach().isfinite().all() for p in model.parameters()]).all())
 
 
 def context_length(model):
@@ -199,8 +202,7 @@ def train(run, cfg, device, interrupt):
 
 
 def check_same_run(folder, run, cfg, rows, test):
-    """Raises ValueError if a resumed run is not the one that was begun, by its options and by its rows; longer it
-    may become."""
+    """Raises ValueError if a resumed run has other options or rows than it began with; it may be longer."""
     file = folder / "config.json"
     old = runs.read_json(file)
     try:
@@ -216,8 +218,8 @@ def check_same_run(folder, run, cfg, rows, test):
         raise ValueError(f"--resume with other settings than the run began with ({', '.join(changed)}): "
                          "give the same ones")
     if not same_rows:
-        raise ValueError(f"--resume with other rows than the run began with: {run.data or 'the toy tasks'} or "
-                         f"{run.eval_data or 'the held-out toy tasks'} changed since")
+        sources = f"{run.data or 'the toy tasks'} or {run.eval_data or 'the held-out toy tasks'}"
+        raise ValueError(f"--resume with other rows than the run began with: {sources} changed since")
     if cfg.steps < steps:
         raise ValueError(f"--resume with --steps {cfg.steps}, but the run has {steps}: "
                          "it can only become longer")
@@ -282,12 +284,13 @@ def demonstrate(learner, rows, run, cfg):
     rng = random.Random(cfg.seed)
     noise = 0.0 if run.data else run.noise  # one's own demonstrations are imitated as they are
     pairs = [(row, row.get("target") or policy.noisy_demonstration(row, rng, noise)) for row in rows]
-    policy.warm_start(learner.model, learner.tokenizer, pairs, run.warm_start_steps, run.warm_start_batch,
-                      run.warm_start_lr, cfg.seed, run.micro_batch, learner.chat.instructions)
+    policy.warm_start(learner.model, learner.chat.tokenizer, pairs, run.warm_start_steps,
+                      run.warm_start_batch, run.warm_start_lr, cfg.seed, run.micro_batch,
+                      learner.chat.instructions)
 
 
 def digest(*values):
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def begin(folder, learner, rows, test, run, cfg):
@@ -305,7 +308,7 @@ def begin(folder, learner, rows, test, run, cfg):
 def save(folder, learner, step, run):
     def write(path):
         learner.model.save_pretrained(path)
-        learner.tokenizer.save_pretrained(path)
+        learner.chat.tokenizer.save_pretrained(path)
         torch.save({"optimizer": learner.optimizer.state_dict(), "step": step}, path / "trainer.pt")
     try:
         folder.save(write, step, keep=step in run.keep_steps)
@@ -340,6 +343,7 @@ def loop(folder, learner, rows, run, cfg, first, metrics, clock, interrupt):
     """Steps first to cfg.steps, each logged, some saved. Returns (batch, weight) of the last, or None."""
     last = None
     saved = first
+    recorder = report.Recorder(folder.path)
     bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc=cfg.method, unit="step")
     with bar, interrupt.deferred():
         for step in bar:
@@ -351,7 +355,10 @@ def loop(folder, learner, rows, run, cfg, first, metrics, clock, interrupt):
             if not finite(learner.model):
                 stop_not_finite(folder, step, False)
             metrics.add(row)
-            record(bar, row)
+            progress_line(bar, row)
+            recorder.record(step, batch, cfg, learner.chat)
+            if run.show_every and (step + 1) % run.show_every == 0:
+                tqdm.write(f"\nstep {step}: {episode_of(learner, batch, weight)}\n")
             last = batch, weight
             folder.worth = True
             done = step + 1
@@ -361,6 +368,7 @@ def loop(folder, learner, rows, run, cfg, first, metrics, clock, interrupt):
                 save(folder, learner, done, run)
                 saved = done
             if interrupt.requested:
+                write_report(folder)
                 fail(f"interrupted after {done} steps; saved. Continue with the same options and "
                      f"--resume --name {folder.path.name}")
     return last
@@ -381,19 +389,21 @@ def one_step(folder, learner, rows, cfg, step, clock):
 
 
 def stop_not_finite(folder, step, newest_too):
-    """Ends a run whose policy is NaN or infinite; newest_too: that is the one that was saved last. `checkpoint` is
-    then one from before that."""
+    """Ends a run whose policy is NaN or infinite. newest_too: it was saved like that, so that the checkpoint
+    before takes its place."""
     if newest_too and not folder.fall_back():
-        raise ValueError("the policy's logits are not finite from the start: try --dtype float32, or another --model")
+        raise ValueError("the policy's logits are not finite from the start: "
+                         "try --dtype float32, or another --model")
     good = runs.steps_of(folder / runs.NEWEST)
-    fail(f"the policy is no longer finite in step {step}: its weights have diverged. The last good checkpoint, after "
-         f"{good} steps, is {folder / runs.NEWEST}: begin a new run from it by --model, with a lower --learning-rate")
+    fail(f"the policy is no longer finite in step {step}: its weights have diverged. The last good "
+         f"checkpoint, after {good} steps, is {folder / runs.NEWEST}: begin a new run from it by --model, "
+         "with a lower --learning-rate")
 
 
-def record(bar, row):
+def progress_line(bar, row):
     """What is seen of a step while the run goes on."""
-    entropies = " ".join(f"{short} {row['H_' + name]:.2f}" for short, name in
-                         (("fmt", "format"), ("name", "name"), ("par", "params"), ("tht", "thought")))
+    short = {"format": "fmt", "name": "name", "params": "par", "thought": "tht"}
+    entropies = " ".join(f"{label} {row['H_' + name]:.2f}" for name, label in short.items())
     bar.set_postfix_str(f"reward {row['reward']:+.2f} exact {row['exact']:.2f} H {entropies}")
 
 
@@ -410,10 +420,14 @@ def evaluate_end(folder, learner, test, run, cfg, before, trained):
     print(f"\nHeld-out rows, {run.eval_samples} samples each at temperature {cfg.temperature}:\n{table}")
 
 
+def episode_of(learner, batch, weight):
+    """An episode of the batch with most regions, coloured on a terminal."""
+    i = max(range(len(batch.texts)), key=lambda i: len(set(batch.region[i].tolist())))
+    return show.episode(learner.chat, batch, i, weight, sys.stdout.isatty())
+
+
 def show_step(learner, batch, weight):
-    best = max(range(len(batch.texts)), key=lambda i: len(set(batch.region[i].tolist())))
-    text = show.episode(learner.chat, batch, best, weight, sys.stdout.isatty())
-    print(f"\nAn episode of the last step, by region, with token weights:\n{text}")
+    print("\nAn episode of the last step, by region, with token weights:\n" + episode_of(learner, batch, weight))
 
 
 def show_time(folder, clock, start, total, began):
@@ -435,7 +449,26 @@ def finish(folder, metrics):
             show.curve([folder / "metrics.csv"], folder / "curve.png")
     except ImportError as missing:
         print(f"No curve.png: {missing}")
-    print(f"Policy, metrics.csv and config.json are in {folder}/ (load the policy with --model {folder}).")
+    write_report(folder)
+    print(f"Look at {folder}/report.html. Policy, metrics.csv and config.json are beside it "
+          f"(load the policy with --model {folder}).")
+
+
+def write_report(folder):
+    """The page; what it lacks, it says. A run is worth more than its page."""
+    try:
+        report.write([folder.path], folder / "report.html")
+    except (ValueError, OSError) as error:
+        warn([f"no report.html: {error}"])
+
+
+def explain_sample(run, cfg, device):
+    """One sample through the whole pipeline, in the terminal."""
+    rows, _ = load_data(replace(run, eval_rows=0), replace(cfg, prompts=1))
+    learner = load_policy(run, cfg, device)
+    row = rows[cfg.seed % len(rows)]
+    check_prompts("training", run.data, [row], learner, cfg)
+    print(explain.explain(learner.engine, learner.chat, row, cfg, sys.stdout.isatty()))
 
 
 # ---------------------------------------------------------------------------------- evaluation alone
@@ -448,7 +481,7 @@ def evaluate_only(run, cfg, device):
         if not (path / "config.json").is_file():
             raise ValueError(f"no run {run.name} in {run.output_dir}: --eval-only --name RUN evaluates that "
                              "run's policy; or give a --model")
-        path = whole(path)
+        path = newest(path)
     if run.benchmarks:
         run_benchmarks(path, run, cfg, device)
         return
@@ -503,7 +536,9 @@ def main(argv=None):
             run, cfg, given = read_options(argv)
             device = pick_device(run.device)
             check(run, cfg, given, device)
-            if run.eval_only:
+            if run.explain:
+                explain_sample(run, cfg, device)
+            elif run.eval_only:
                 evaluate_only(run, cfg, device)
             else:
                 train(run, cfg, device, interrupt)

@@ -13,27 +13,36 @@ import rest
 from toy_tools import report
 
 TAG, SCAFFOLD, NAME, PARAMS, THOUGHT, TEXT = range(6)
-HOSTILE = '</script><script>window.hacked=1</script><img src=x onerror="window.hacked=2"><!--\u2028\u202e&lt;b&gt;\ud800'
+TAGS = '</script><script>window.hacked=1</script><img src=x onerror="window.hacked=2"><!--'
+# a line separator, a turn of direction, half a character, a word that is wider than a phone
+HOSTILE = TAGS + "\u2028\u202e&lt;b&gt;\ud800" + "w" * 99
 GOLD = [[{"name": "add", "arguments": {"a": 1, "b": 2}}]]
-ROWS = [
-    {"messages": [{"role": "user", "content": "1+2?"}], "tools": [], "gold": GOLD, "category": "simple"},
-    {"messages": [{"role": "user", "content": "hello " + HOSTILE}], "tools": [], "gold": [[]], "category": "irrelevance"},
-    {"messages": [{"role": "user", "content": "1+2 again"}], "tools": [], "gold": GOLD, "category": "simple"}]
+
+
+def task(question, gold, category):
+    message = {"role": "user", "content": question}
+    return {"messages": [message], "tools": [], "gold": gold, "category": category}
+
+
+ROWS = [task("1+2?", GOLD, "simple"), task("hello " + HOSTILE, [[]], "irrelevance"),
+        task("again", GOLD, "simple")]
 
 
 def call_pieces(name, arguments):
-    return [("<think>", TAG), ("sum", THOUGHT), ("</think>", TAG), ("<tool_call>", TAG), ('{"name": "', SCAFFOLD), (name, NAME),
-            ('", "arguments": ', SCAFFOLD), (arguments, PARAMS), ("}", SCAFFOLD), ("</tool_call>", TAG), ("<end>", TAG)]
+    return [("<think>", TAG), ("sum", THOUGHT), ("</think>", TAG), ("<tool_call>", TAG),
+            ('{"name": "', SCAFFOLD), (name, NAME), ('", "arguments": ', SCAFFOLD), (arguments, PARAMS),
+            ("}", SCAFFOLD), ("</tool_call>", TAG), ("<end>", TAG)]
 
 
 def answer_pieces(text):
-    return [("<think>", TAG), ("no tool", THOUGHT), ("</think>", TAG), ("<response>", TAG), (text, TEXT), ("</response>", TAG), ("<end>", TAG)]
+    return [("<think>", TAG), ("no tool", THOUGHT), ("</think>", TAG), ("<response>", TAG), (text, TEXT),
+            ("</response>", TAG), ("<end>", TAG)]
 
 
-EPISODES = [
-    call_pieces("add", '{"a": 1, "b": 2}'), call_pieces("add", '{"a": 1, "b": 3}'),      # right; a wrong value
-    answer_pieces("Hello!"), answer_pieces(HOSTILE)[:-2],                                # right; hostile and not closed
-    call_pieces("add", '{"a": 1, "b": 2}'), call_pieces("add", '{"a": 1, "b": 2}')]      # equal rewards: teaches nothing
+RIGHT = call_pieces("add", '{"a": 1, "b": 2}')
+WRONG = call_pieces("add", '{"a": 1, "b": 3}')
+CUT = answer_pieces(HOSTILE)[:-2]
+EPISODES = [RIGHT, WRONG, answer_pieces("Hello!"), CUT, RIGHT, RIGHT]  # the last group teaches nothing
 
 
 class FakeChat:
@@ -47,55 +56,76 @@ class FakeChat:
             self.texts.append(text)
         return self.texts.index(text)
 
-    def text(self, x):
-        return self.texts[x]
+    def text(self, token):
+        return self.texts[token]
 
     def decode(self, ids):
         return "".join(map(self.text, ids))
 
 
 def fake_batch(chat, episodes=EPISODES, rows=ROWS, seed=0, forced=()):
-    """A Rollout of two completions per row, made by hand from (text, region) pieces; columns in `forced` were not sampled."""
+    """A Rollout made by hand from (text, region) pieces; columns in `forced` were not sampled."""
     N, T = len(episodes), max(map(len, episodes))
-    tokens, region = torch.zeros(N, T, dtype=torch.long), torch.full((N, T), -1)
+    tokens = torch.zeros(N, T, dtype=torch.long)
+    region = torch.full((N, T), -1)
     for i, pieces in enumerate(episodes):
         tokens[i, :len(pieces)] = torch.tensor([chat.id(text) for text, _ in pieces])
         region[i, :len(pieces)] = torch.tensor([r for _, r in pieces])
     region[:, list(forced)] = -1
     sampled = region >= 0
     entropy = torch.rand(N, T, generator=torch.Generator().manual_seed(seed)) * sampled
-    covers = torch.nn.functional.one_hot(region.clamp(min=0), 6).bool() & sampled[..., None]
-    texts = [["".join(text for text, _ in pieces if text != "<end>")] for pieces in episodes]
     return rest.Rollout(
-        rows=rows, prompts=[[chat.id("prompt " + row["messages"][0]["content"])] for row in rows], group=N // len(rows), tokens=tokens, sampled=sampled,
-        logp=-2 * entropy, entropy=entropy, length=torch.tensor([len(p) for p in episodes]), truncated=torch.zeros(N, dtype=torch.bool),
-        turns=[[(0, len(p))] for p in episodes], texts=texts, refused=[0] * N, region=region, covers=covers)
+        rows=rows,
+        prompts=[[chat.id("prompt " + row["messages"][0]["content"])] for row in rows],
+        group=N // len(rows),
+        tokens=tokens,
+        sampled=sampled,
+        logp=-2 * entropy,
+        entropy=entropy,
+        length=torch.tensor([len(pieces) for pieces in episodes]),
+        truncated=torch.zeros(N, dtype=torch.bool),
+        turns=[[(0, len(pieces))] for pieces in episodes],
+        texts=[["".join(text for text, _ in pieces if text != "<end>")] for pieces in episodes],
+        refused=[0] * N,
+        region=region,
+        covers=torch.nn.functional.one_hot(region.clamp(min=0), 6).bool() & sampled[..., None])
 
 
-def score(batch, cfg, step):
-    scores = rest.score_batch(batch)
-    rewards = torch.tensor([rest.episode_reward(f, c, step / cfg.steps, cfg.reward_scaling) for f, c, _ in scores])
-    return rest.group_advantages(rewards.view(-1, batch.group)).flatten(), scores
+def config(**changes):
+    return rest.Config(**{"steps": 20, "prompts": 3, "group": 2, **changes})
+
+
+def record(recorder, step, batch, cfg, chat):
+    """Score the batch as a training step does, and record it; returns the advantages [P, G]."""
+    batch.scores = rest.score_batch(batch)
+    progress = step / cfg.steps
+    rewards = [rest.episode_reward(*score[:2], progress, cfg.reward_scaling) for score in batch.scores]
+    advantages = rest.group_advantages(torch.tensor(rewards).view(-1, batch.group))
+    batch.advantages = advantages.flatten()
+    recorder.record(step, batch, cfg, chat)
+    return advantages
 
 
 def fake_run(folder, method="rest", seed=0, steps=20, shift=0.0):
     """A finished run's folder: curves, and episodes of the steps 0, 10 and the last."""
     folder.mkdir()
-    cfg, chat = rest.Config(method=method, seed=seed, steps=steps, prompts=3, group=2), FakeChat()
+    cfg, chat = config(method=method, seed=seed, steps=steps), FakeChat()
     recorder = report.Recorder(folder)
     lines = []
     for step in range(steps):
-        batch = fake_batch(chat, seed=step)
-        advantages, scores = score(batch, cfg, step)
-        recorder.record(step, batch, advantages, scores, cfg, chat)
-        values = {f"{kind}_{name}": 1 + 0.01 * step for kind in "Hw" for name in rest.PAPER_REGIONS}
-        lines.append({"step": step, "exact": 0.3 + step / 50 + shift, "format": 0.5, "correct": 0.5, "reward": step / 10, "tokens": 40.0, **values})
+        record(recorder, step, fake_batch(chat, seed=step), cfg, chat)
+        line = {f"{kind}_{name}": 1 + 0.01 * step for kind in "Hw" for name in rest.PAPER_REGIONS}
+        line |= {"step": step, "exact": 0.3 + step / 50 + shift, "format": 0.5, "correct": 0.5}
+        lines.append(line | {"reward": step / 10, "tokens": 40.0, "loss": 7.0})
     lines[1]["reward"] = math.nan
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "config.json").write_text(json.dumps({"config": dataclasses.asdict(cfg), "run": {"name": folder.name, "model": ""}}))
+    parts = {"config": {"config": dataclasses.asdict(cfg), "run": {"name": folder.name, "model": ""}},
+             "time": {"rollout": 5.0, "update": 4.0, "other": 1.0, "steps": 10.0, "run": 20.0}}
     for when, exact in (("before", 0.3), ("after", 0.7)):
-        (folder / f"{when}.json").write_text(json.dumps({"all": {"n": 10, "exact": exact + shift, "format": 1.0, "correct": None, "tokens": 4.0}}))
-    (folder / "time.json").write_text(json.dumps({"rollout": 5.0, "update": 4.0, "other": 1.0, "steps": 10.0, "run": 20.0}))
+        row = {"n": 10, "exact": exact + shift, "format": 1.0, "correct": None, "tokens": 4.0}
+        parts[when] = {"all": row}
+    for name, value in parts.items():
+        (folder / f"{name}.json").write_text(json.dumps(value))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
 
@@ -104,72 +134,84 @@ def stored(folder):
 
 
 def embedded(page):
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.S)[1])
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.S)
+    return json.loads(data[1])
 
 
-# ---------------------------------------------------------------------------------------------------------------- recording
+def weight_of(completion, t, method):
+    w = completion["w"][method]
+    return w[t] if isinstance(w, list) else w[str(completion["region"][t])]
+
+
+# ---- recording ----
 
 @pytest.mark.parametrize("forced", [(), (1, 3)])
 def test_every_method_s_weights_are_stored_as_rest_computes_them(tmp_path, forced):
-    """The page computes no weight of its own, so what is stored must be what the method gives the token in the whole batch at this
-    progress: for methods that go by region and for those that do not, tool results in between or not."""
-    cfg, chat = rest.Config(steps=20, prompts=3, group=2), FakeChat()
+    """The page computes no weight of its own, so what is stored must be what the method gives the token in
+    the whole batch at this progress: by region or not, with a tool's results in between or not."""
+    cfg, chat = config(), FakeChat()
     batch = fake_batch(chat, forced=forced)
-    advantages, scores = score(batch, cfg, 10)
-    report.Recorder(tmp_path, prompts=3).record(10, batch, advantages, scores, cfg, chat)
-    groups = {g["prompt"]: g for g in stored(tmp_path)[0]["groups"]}
+    record(report.Recorder(tmp_path, prompts=3), 10, batch, cfg, chat)
+    groups = {group["asked"]: group["completions"] for group in stored(tmp_path)[0]["groups"]}
+    assert len(groups) == 3
     lists = set()
     for name, method in rest.WEIGHTS.items():
         true = method(batch, dataclasses.replace(cfg, method=name), 0.5)
-        for i, pieces in enumerate(EPISODES):
-            c = groups["prompt " + ROWS[i // 2]["messages"][0]["content"]]["completions"][i % 2]
-            w = c["w"][name]
-            if isinstance(w, list):
-                lists.add(name)
-            for t in range(len(pieces)):
-                if batch.sampled[i, t]:
-                    got = w[t] if isinstance(w, list) else w[str(c["region"][t])]
-                    assert got == pytest.approx(float(true[i, t]), rel=6e-3), (name, i, t)
-                else:
-                    assert c["region"][t] == -1
+        for i in range(6):
+            completion = groups[ROWS[i // 2]["messages"][0]["content"]][i % 2]
+            lists |= {name} if isinstance(completion["w"][name], list) else set()
+            assert len(completion["region"]) == len(completion["tokens"]) == len(EPISODES[i])
+            for t, region in enumerate(completion["region"]):
+                assert region == int(batch.region[i, t])
+                if region >= 0:
+                    assert weight_of(completion, t, name) == pytest.approx(float(true[i, t]), rel=6e-3)
     assert "token-entropy" in lists and not {"rest", "grpo", "no-thought"} & lists
 
 
 def test_an_episode_is_stored_with_all_that_the_page_shows(tmp_path):
-    cfg, chat = rest.Config(steps=20, prompts=3, group=2), FakeChat()
+    """Every number of one completion, worked out by hand: 3 of 4 points of correctness, so a reward of
+    2 + 2 (2 * 3/4 - 1) = 3 beside 4, and an advantage of -1/sqrt 2."""
+    cfg, chat = config(), FakeChat()
     batch = fake_batch(chat)
-    advantages, scores = score(batch, cfg, 0)
-    report.Recorder(tmp_path).record(0, batch, advantages, scores, cfg, chat)
-    group = stored(tmp_path)[0]["groups"][0]
-    wrong = group["completions"][1]
-    assert (group["asked"], group["prompt"], group["category"], group["gold"]) == ("1+2?", "prompt 1+2?", "simple", [[["add", '{"a": 1, "b": 2}']]])
-    assert wrong["tokens"] == [text for text, _ in EPISODES[1]] and wrong["region"] == [r for _, r in EPISODES[1]]
-    assert wrong["H"] == pytest.approx(batch.entropy[1].tolist(), abs=6e-4) and wrong["logp"] == pytest.approx(batch.logp[1].tolist(), abs=6e-4)
+    batch.refused[1] = 2
+    batch.truncated[1] = True
+    record(report.Recorder(tmp_path), 0, batch, cfg, chat)
+    first, second = stored(tmp_path)[0]["groups"]
+    assert (first["asked"], first["prompt"], first["category"]) == ("1+2?", "prompt 1+2?", "simple")
+    assert first["gold"] == [[["add", '{"a": 1, "b": 2}']]]
+    wrong = first["completions"][1]
+    assert wrong["tokens"] == [text for text, _ in WRONG]
+    assert wrong["region"] == [region for _, region in WRONG]
+    assert wrong["H"] == pytest.approx(batch.entropy[1].tolist(), abs=6e-4)
+    assert wrong["logp"] == pytest.approx(batch.logp[1].tolist(), abs=6e-4)
     assert wrong["calls"] == [[0, "wrong", "add", [["a", "1", "1", True], ["b", "3", "2", False]]]]
-    assert (wrong["format"], wrong["exact"], wrong["blocks"]) == (1.0, False, [["think", "tool_call"]])
-    assert wrong["correct"] == pytest.approx(0.75) and wrong["reward"] == pytest.approx(2 + 2 * 0.5) and wrong["A"] == pytest.approx(-0.7071, abs=1e-3)
-    assert stored(tmp_path)[0]["groups"][1]["completions"][1]["blocks"] == [["think", "response (not closed)"]]
+    assert (wrong["format"], wrong["correct"], wrong["exact"], wrong["reward"]) == (1.0, 0.75, False, 3.0)
+    assert wrong["A"] == pytest.approx(-0.5 ** 0.5, abs=1e-3)
+    assert (wrong["blocks"], wrong["refused"], wrong["truncated"]) == ([["think", "tool_call"]], 2, True)
+    assert second["completions"][1]["blocks"] == [["think", "response (not closed)"]]
 
 
 def test_prompts_that_teach_come_first_and_their_number_is_kept(tmp_path):
-    """A group of equal rewards has no gradient: with room for two of three prompts it is the one left out, wherever it stands."""
-    cfg, chat = rest.Config(steps=20, prompts=3, group=2), FakeChat()
+    """A group of equal rewards has no gradient: with room for two of three prompts it is the one left out,
+    wherever it stands."""
+    cfg, chat = config(), FakeChat()
     order = [2, 0, 1]
-    batch = fake_batch(chat, [EPISODES[2 * p + k] for p in order for k in (0, 1)], [ROWS[p] for p in order])
-    advantages, scores = score(batch, cfg, 0)
-    report.Recorder(tmp_path, prompts=2).record(0, batch, advantages, scores, cfg, chat)
-    assert [g["asked"] for g in stored(tmp_path)[0]["groups"]] == [ROWS[0]["messages"][0]["content"], ROWS[1]["messages"][0]["content"]]
+    episodes = [EPISODES[2 * p + k] for p in order for k in (0, 1)]
+    batch = fake_batch(chat, episodes, [ROWS[p] for p in order])
+    record(report.Recorder(tmp_path, prompts=2), 0, batch, cfg, chat)
+    asked = [group["asked"] for group in stored(tmp_path)[0]["groups"]]
+    assert asked == [ROWS[p]["messages"][0]["content"] for p in (0, 1)]
 
 
 def test_a_resumed_run_replaces_what_it_does_again(tmp_path):
-    """Killed while it wrote step 20 and resumed at 10: each step stands there once, in order, from the second attempt where there were two."""
-    cfg, chat = rest.Config(steps=25, prompts=3, group=2), FakeChat()
+    """Killed while it wrote step 20 and resumed at 10: each step stands there once, in order, from the
+    second attempt where there were two."""
+    cfg, chat = config(steps=25), FakeChat()
 
     def go(first, last, seed):
         recorder = report.Recorder(tmp_path)
         for step in range(first, last):
-            batch = fake_batch(chat, seed=seed)
-            recorder.record(step, batch, *score(batch, cfg, step), cfg, chat)
+            record(recorder, step, fake_batch(chat, seed=seed), cfg, chat)
     go(0, 21, seed=0)
     file = tmp_path / "episodes.jsonl"
     file.write_text(file.read_text()[:-30])
@@ -177,108 +219,122 @@ def test_a_resumed_run_replaces_what_it_does_again(tmp_path):
     lines = stored(tmp_path)
     assert [line["step"] for line in lines] == [0, 10, 20, 24]
     first = [line["groups"][0]["completions"][0]["H"] for line in lines]
-    assert first[0] != first[1] and first[1] == first[2] == first[3]
+    assert first[0] != first[1] == first[2] == first[3]
 
 
 def test_recording_changes_neither_the_batch_nor_the_random_numbers(tmp_path):
     """A run that is recorded must be the run that is not."""
-    cfg, chat = rest.Config(steps=20, prompts=3, group=2), FakeChat()
+    cfg, chat = config(), FakeChat()
     batch, fresh = fake_batch(chat), fake_batch(chat)
-    advantages, scores = score(batch, cfg, 0)
-    before, kept = torch.get_rng_state(), advantages.clone()
-    report.Recorder(tmp_path).record(0, batch, advantages, scores, cfg, chat)
-    assert torch.equal(before, torch.get_rng_state()) and torch.equal(kept, advantages) and cfg == rest.Config(steps=20, prompts=3, group=2)
+    before = torch.get_rng_state()
+    record(report.Recorder(tmp_path), 0, batch, cfg, chat)
+    assert torch.equal(before, torch.get_rng_state()) and cfg == config()
     for name in ("tokens", "sampled", "logp", "entropy", "region", "covers", "length"):
         assert torch.equal(getattr(batch, name), getattr(fresh, name)), name
 
 
 @pytest.mark.parametrize("options", [{"every": 0}, {"prompts": 0}])
-def test_recorder_refuses_nothing_to_record(tmp_path, options):
+def test_recorder_refuses_to_record_nothing(tmp_path, options):
     with pytest.raises(ValueError, match="must be at least 1"):
         report.Recorder(tmp_path, **options)
 
 
-# ------------------------------------------------------------------------------------------------------- calls against gold
-
-def text_of(*calls):
-    return "<think>x</think><tool_call>\n" + "\n".join(c if isinstance(c, str) else json.dumps(c) for c in calls) + "\n</tool_call>"
-
+# ---- calls beside gold ----
 
 def call(name, **arguments):
     return {"name": name, "arguments": arguments}
 
 
-@pytest.mark.parametrize("gold, texts, expected", [
-    ([[call("f", a=1)]], [text_of(call("f", a=1.0))], [[0, "right", "f", [["a", "1.0", "1", True]]]]),
-    ([[call("f", a=1)]], [text_of(call("f", a=True))], [[0, "wrong", "f", [["a", "true", "1", False]]]]),
-    ([[call("f", a=1)]], [text_of(call("f", b=None))], [[0, "wrong", "f", [["a", None, "1", False], ["b", "null", None, False]]]]),
-    ([[call("f")]], [text_of(call("f"))], [[0, "right", "f", []]]),
-    ([[call("f", a=1), call("f", a=2)]], [text_of(call("f", a=2))],
-     [[0, "missing", "f", [["a", None, "1", False]]], [0, "right", "f", [["a", "2", "2", True]]]]),
-    ([[]], [text_of(call("g", a="ü"))], [[0, "surplus", "g", [["a", '"ü"', None, False]]]]),
-    ([[call("f")], [call("g")]], [text_of(call("g")), text_of(call("f"))],
-     [[0, "missing", "f", []], [0, "surplus", "g", []], [1, "missing", "g", []], [1, "surplus", "f", []]]),
-    ([[call("f")]], [], [[0, "missing", "f", []]]),
-    ([[]], ["<think>x</think><response>no</response>"], [])])
-def test_calls_beside_gold(gold, texts, expected):
-    """Every way to be right or wrong is named: value, type, key, repeated call, unasked call, wrong turn, nothing at all."""
+def text_of(*calls):
+    lines = [c if isinstance(c, str) else json.dumps(c) for c in calls]
+    return "<think>x</think><tool_call>\n" + "\n".join(lines) + "\n</tool_call>"
+
+
+F1, F2 = call("f", a=1), call("f", a=2)
+COMPARED = {
+    "equal numbers": ([[F1]], [text_of(call("f", a=1.0))], [[0, "right", "f", [["a", "1.0", "1", True]]]]),
+    "another type": ([[F1]], [text_of(call("f", a=True))], [[0, "wrong", "f", [["a", "true", "1", False]]]]),
+    "another key": ([[F1]], [text_of(call("f", b=None))],
+                    [[0, "wrong", "f", [["a", None, "1", False], ["b", "null", None, False]]]]),
+    "no arguments": ([[call("f")]], [text_of(call("f"))], [[0, "right", "f", []]]),
+    "one of two": ([[F1, F2]], [text_of(F2)],
+                   [[0, "missing", "f", [["a", None, "1", False]]],
+                    [0, "right", "f", [["a", "2", "2", True]]]]),
+    "twice": ([[F1]], [text_of(F1, F1)],
+              [[0, "right", "f", [["a", "1", "1", True]]], [0, "surplus", "f", [["a", "1", None, False]]]]),
+    "unasked": ([[]], [text_of(call("g", a="ü"))], [[0, "surplus", "g", [["a", '"ü"', None, False]]]]),
+    "wrong turn": ([[call("f")], [call("g")]], [text_of(call("g")), text_of(call("f"))],
+                   [[0, "missing", "f", []], [0, "surplus", "g", []],
+                    [1, "missing", "g", []], [1, "surplus", "f", []]]),
+    "nothing said": ([[call("f")]], [], [[0, "missing", "f", []]]),
+    "an answer": ([[]], ["<think>x</think><response>no</response>"], [])}
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_calls_beside_gold(name):
+    """Every way to be right or wrong has its word."""
+    gold, texts, expected = COMPARED[name]
     assert report.compare(gold, texts) == expected
 
 
 def test_an_unreadable_call_is_shown_with_its_reason():
-    (_, state, reason, arguments), missing = sorted(report.compare([[call("f")]], [text_of('{"name": "f", "arguments": {')]), key=lambda c: c[1] == "missing")
-    assert state == "unreadable" and reason and not arguments and missing[1] == "missing"
+    missing, unreadable = report.compare([[call("f")]], [text_of('{"name": "f", "arguments": {')])
+    assert missing[:3] == [0, "missing", "f"]
+    assert unreadable[:2] == [0, "unreadable"] and unreadable[2] and unreadable[3] == []
 
 
 def test_what_the_page_calls_right_is_what_the_reward_calls_exact():
     """Two notions of equality in one project would mark a call right that is paid as wrong."""
-    calls = [call("f", a=1), call("f", a=1.0), call("f", a="1"), call("f", a=True), call("f"), call("g", a=[1, {"b": None}]), call("g", a=[1, {"b": 0}])]
+    calls = [F1, call("f", a=1.0), call("f", a="1"), call("f", a=True), call("f"),
+             call("g", a=[1, {"b": None}]), call("g", a=[1, {"b": 0}])]
     agreed = 0
     for first in calls:
         for second in (*calls, None):
             for want in calls:
                 gold = [[want]] if second is None else [[want, second]]
-                texts = [text_of(first) if second is None else text_of(second, first)]
+                texts = [text_of(first)] if second is None else [text_of(second, first)]
                 right = all(state == "right" for _, state, *_ in report.compare(gold, texts))
                 assert right == rest.score_texts(texts, {"gold": gold})[2], (gold, texts)
                 agreed += right
     assert agreed > len(calls)
 
 
-# --------------------------------------------------------------------------------------------------------------------- the page
+# ---- the page ----
 
 def test_a_page_of_the_default_run_s_size_is_under_two_megabytes(tmp_path):
-    """100 steps recorded every tenth: 11 moments of 2 prompts with 8 completions of about 100 tokens, whose weights all differ."""
-    cfg, chat = rest.Config(steps=100, prompts=2, group=8), FakeChat()
+    """11 moments of 2 prompts with 8 completions of 100 tokens, the weights of which all differ."""
+    cfg, chat = config(steps=100, prompts=2, group=8), FakeChat()
     episodes = [[(f" tok{t}", t % 6) for t in range(100)] for _ in range(16)]
     recorder = report.Recorder(tmp_path)
-    for step in range(100):
-        if step % 10 and step != 99:
-            continue
+    for step in (*range(0, 100, 10), 99):
         batch = fake_batch(chat, episodes, [ROWS[0], ROWS[2]], seed=step)
-        recorder.record(step, batch, torch.arange(16.0), [(1.0, 1.0, True)] * 16, cfg, chat)
+        batch.advantages, batch.scores = torch.arange(16.0), [(1.0, 1.0, True)] * 16
+        recorder.record(step, batch, cfg, chat)
     page = report.write([tmp_path], tmp_path / "page.html")
     assert page.stat().st_size < 2_000_000
     assert len(embedded(page)["runs"][0]["episodes"]) == 11
 
 
-def test_a_page_too_large_shows_fewer_steps_and_says_so(tmp_path):
+def test_a_page_too_large_shows_fewer_steps(tmp_path):
+    """Evenly spaced from the first to the last; and where nothing fits, the curves alone."""
     run = fake_run(tmp_path / "a", steps=101)
-    whole = report.write([run], tmp_path / "whole.html").stat().st_size
-    page = report.write([run], tmp_path / "page.html", max_bytes=whole - 30_000)
+    limit = report.write([run], tmp_path / "whole.html").stat().st_size - 30_000
+    page = report.write([run], tmp_path / "page.html", max_bytes=limit)
     shown = embedded(page)["runs"][0]
-    steps = [e["step"] for e in shown["episodes"]]
-    assert page.stat().st_size <= whole - 30_000 and shown["recorded"] == 11 and 2 <= len(steps) < 11 and steps[0] == 0 and steps[-1] == 100
+    steps = [episode["step"] for episode in shown["episodes"]]
+    assert page.stat().st_size <= limit and shown["recorded"] == 11
+    assert 5 <= len(steps) < 11 and (steps[0], steps[-1]) == (0, 100)
     empty = embedded(report.write([run], tmp_path / "empty.html", max_bytes=1))["runs"][0]
     assert empty["episodes"] == [] and empty["recorded"] == 11
 
 
 def test_a_page_is_plain_ascii_and_nothing_in_it_ends_the_data(tmp_path):
-    """Model output, tool names and folder names are data: no tag, comment or line separator of theirs may reach the parser."""
-    page = report.write([fake_run(tmp_path / "a")], tmp_path / "page.html").read_bytes()
-    data = page.split(b'id="data">')[1].split(b"</script>")[0]
+    """Model output, tool names and folder names are data: no tag, comment or line separator of theirs may
+    reach the parser; and NaN, which JSON does not know, is none."""
+    page = report.write([fake_run(tmp_path / "a")], tmp_path / "page.html")
+    data = page.read_bytes().split(b'id="data">')[1].split(b"</script>")[0]
     assert b"hacked" in data and not set(b"<>&") & set(data) and max(data) < 128
-    assert embedded(tmp_path / "page.html")["runs"][0]["metrics"]["reward"][1] is None  # NaN is no JSON
+    assert embedded(page)["runs"][0]["metrics"]["reward"][:2] == [0.0, None]
 
 
 @pytest.mark.parametrize("gone", report.PARTS)
@@ -297,8 +353,18 @@ def test_what_is_no_run_is_refused_in_a_sentence(tmp_path):
         report.main([str(tmp_path / "nowhere")])
 
 
+@pytest.mark.parametrize("part", ["time.json", "metrics.jsonl"])
+def test_a_damaged_file_is_named(tmp_path, part):
+    """A last line that a kill has cut is no damage: its step was never recorded."""
+    run = fake_run(tmp_path / "a")
+    (run / part).write_text("{oops\n")
+    with pytest.raises(ValueError, match=f"{part} is damaged"):
+        report.write([run], tmp_path / "page.html")
+
+
 def test_runs_that_differ_in_more_than_their_seed_are_not_averaged(tmp_path):
-    runs = [fake_run(tmp_path / "a"), fake_run(tmp_path / "b", seed=1), fake_run(tmp_path / "c", steps=30), fake_run(tmp_path / "d", method="grpo")]
+    runs = [fake_run(tmp_path / "a"), fake_run(tmp_path / "b", seed=1), fake_run(tmp_path / "c", steps=30),
+            fake_run(tmp_path / "d", method="grpo")]
     labels = [run["label"] for run in embedded(report.write(runs, tmp_path / "page.html"))["runs"]]
     assert labels[0] == labels[1] == "rest, steps 20" and labels[2:] == ["rest, steps 30", "grpo"]
 
@@ -314,19 +380,23 @@ def test_the_command_writes_into_the_run_or_where_it_is_told(tmp_path, capsys):
     assert [run["name"] for run in embedded(tmp_path / "both.html")["runs"]] == ["a", "b"]
 
 
-# ------------------------------------------------------------------------------------------------------------ in a real browser
+# ---- in a real browser ----
+
+FLAGS = ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-dev-shm-usage",
+         "disable-background-networking", "disable-component-update", "disable-sync")
+
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    webdriver = pytest.importorskip("selenium.webdriver", reason="the page is tried in a browser only with: pip install selenium")
+    why = "the page is tried in a browser only with: "
+    webdriver = pytest.importorskip("selenium.webdriver", reason=why + "pip install selenium")
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not chromium or not driver:
-        pytest.skip("the page is tried in a browser only with: apt-get install chromium chromium-driver")
+        pytest.skip(why + "apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    for argument in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking", "disable-component-update",
-                     "disable-sync", "disable-dev-shm-usage", f"user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument("--" + argument)
+    for flag in (*FLAGS, f"user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument("--" + flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     yield browser
@@ -335,191 +405,275 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """One run; four runs of two methods; a folder with nothing but its settings."""
+    """One run; four runs of two methods; a live run; a folder with nothing but its settings."""
     base = tmp_path_factory.mktemp("pages")
-    runs = [fake_run(base / "rest-0"), fake_run(base / "rest-1", seed=1, shift=0.1), fake_run(base / "grpo-0", method="grpo"), fake_run(base / "grpo-1", "grpo", 1)]
-    bare = base / "bare"
-    bare.mkdir()
-    shutil.copy(runs[0] / "config.json", bare)
-    return {"one": report.write(runs[:1], base / "one.html"), "four": report.write(runs, base / "four.html"), "bare": report.write([bare], base / "bare.html")}
+    runs = [fake_run(base / "rest-0"), fake_run(base / "rest-1", seed=1, shift=0.1),
+            fake_run(base / "grpo-0", "grpo"), fake_run(base / "grpo-1", "grpo", 1)]
+    bare, live = base / "bare", base / "live"
+    for folder in (bare, live):
+        folder.mkdir()
+        shutil.copy(runs[0] / "config.json", folder)
+    cfg, chat = config(), FakeChat()
+    batch = fake_batch(chat, [RIGHT, []] * 3, forced=(1, 3))  # a tool's tokens, and an empty completion
+    batch.refused[0] = 1
+    record(report.Recorder(live), 0, batch, cfg, chat)
+    groups = {"one": runs[:1], "four": runs, "live": [live], "bare": [bare]}
+    return {name: report.write(folders, base / f"{name}.html") for name, folders in groups.items()}
 
 
 @pytest.fixture
 def visit(browser, pages):
-    """Opens a page in a window of some width, light or dark. Afterwards: no error in the console, nothing fetched but the file itself."""
-    opened = []
+    """Opens a page in a window of some width, light or dark. Afterwards: no word in the console, and
+    nothing fetched but the file itself."""
+    opened = set()
 
     def visit(name, width=1300, dark=False):
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600})
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]})
-        browser.get_log("browser"), browser.get_log("performance")
-        opened.append(pages[name].as_uri())
-        browser.get(opened[-1])
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+        for log in ("browser", "performance"):
+            browser.get_log(log)
+        opened.add(pages[name].as_uri())
+        browser.get(pages[name].as_uri())
         return browser
     yield visit
     assert browser.get_log("browser") == []
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = {event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"}
-    assert asked == set(opened), asked
+    asked = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    assert {request["request"]["url"] for request in asked} == opened
 
 
-def js(browser, code, *arguments):
-    return browser.execute_script(code, *arguments)
+def js(browser, value, *arguments):
+    """The value of a JavaScript expression; $ finds the first element of a selector, $$ all."""
+    helpers = "const $ = s => document.querySelector(s), $$ = s => [...document.querySelectorAll(s)];"
+    return browser.execute_script(f"{helpers} return {value}", *arguments)
+
+
+def text(browser, selector):
+    return js(browser, "$(arguments[0]).textContent", selector)
+
+
+def choose(browser, selector, value):
+    """Give a slider or a list a value, as a user does."""
+    browser.execute_script("""const node = document.querySelector(arguments[0]);
+        node.value = arguments[1];
+        for (const kind of ["input", "change"]) node.dispatchEvent(new Event(kind))""", selector, value)
 
 
 def press(browser, *keys):
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.keys import Keys
     for key in keys:
-        ActionChains(browser).send_keys(getattr(Keys, key, key)).perform()
+        ActionChains(browser).send_keys(getattr(Keys, key)).perform()
 
 
-def focus_token(browser, k, t):
-    js(browser, "document.querySelectorAll('#group .tokens')[arguments[0]].children[arguments[1]].focus()", k, t)
-
-
-def told(browser):
-    """(step shown, completion and token pointed at, region, the objective's last number)"""
-    return js(browser, """return [document.getElementById('step-label').textContent, document.querySelector('#facts h3').textContent,
-        document.querySelector('#facts dd').textContent, document.querySelector('#objective b').textContent]""")
+def focus(browser, k, t):
+    js(browser, "$$('#group .tokens')[arguments[0]].children[arguments[1]].focus()", k, t)
 
 
 def shades(browser):
-    return js(browser, "return [...document.querySelectorAll('#group .token')].map(t => getComputedStyle(t).getPropertyValue('--shade'))")
+    return js(browser, "$$('#group .token').map(t => getComputedStyle(t).getPropertyValue('--shade'))")
+
+
+def completions(page):
+    return embedded(page)["runs"][0]["episodes"][0]["groups"][0]["completions"]
 
 
 def test_the_slider_moves_through_the_recorded_steps(visit):
+    """By keyboard; the tokens, the label, what a screen reader says and the mark in the curves go along."""
     browser = visit("one")
-    assert told(browser)[0].startswith("step 0 of 20 (3 recorded)")
-    before = [shades(browser), js(browser, "return document.querySelector('.panels .mark').getAttribute('x1')")]
-    js(browser, "document.getElementById('step').focus()")
+
+    def seen():
+        return shades(browser), js(browser, "$('.panels .mark').getAttribute('x1')")
+    first = seen()
+    assert text(browser, "#step-label") == "step 0 of 20 (3 recorded)"
+    js(browser, "$('#step').focus()")
     press(browser, "ARROW_RIGHT")
-    assert told(browser)[0].startswith("step 10 of 20") and js(browser, "return document.activeElement.getAttribute('aria-valuetext')") == "step 10"
-    after = [shades(browser), js(browser, "return document.querySelector('.panels .mark').getAttribute('x1')")]
-    assert before[0] != after[0] and before[1] != after[1]
+    second = seen()
+    assert text(browser, "#step-label") == "step 10 of 20 (3 recorded)"
+    assert js(browser, "$('#step').getAttribute('aria-valuetext')") == "step 10"
+    assert first[0] != second[0] and first[1] != second[1]
     press(browser, "END")
-    assert told(browser)[0].startswith("step 19 of 20")
+    assert text(browser, "#step-label") == "step 19 of 20 (3 recorded)"
+
+
+def test_pointing_at_a_curve_marks_its_step_and_a_click_goes_there(visit):
+    browser = visit("one")
+    at = "const box = document.querySelector('.panels svg').getBoundingClientRect();"
+    event = """document.querySelector('.panels svg').dispatchEvent(new MouseEvent(arguments[0],
+        {clientX: box.left + box.width * (30 + 10 / 19 * 236) / 300, clientY: box.top + 50}))"""
+    value = "#panels figure .value"
+    assert text(browser, value) == "0.30"
+    browser.execute_script(at + event, "pointermove")
+    assert text(browser, value) == "0.46"  # 0.3 + 8/50, the mean of steps 6 to 10
+    assert text(browser, "#step-label").startswith("step 0")
+    browser.execute_script(at + event, "pointerleave")
+    assert text(browser, value) == "0.30"
+    browser.execute_script(at + event, "click")
+    assert text(browser, value) == "0.46" and text(browser, "#step-label").startswith("step 10")
 
 
 def test_the_arrow_keys_move_between_tokens_and_completions(visit):
     """One tab stop per completion; the focus and the panel go together; ends are ends."""
     browser = visit("one")
-    focus_token(browser, 0, 0)
-    press(browser, "ARROW_RIGHT", "ARROW_RIGHT")
-    assert told(browser)[1] == "Token 3 of 11, completion 1"
-    press(browser, "ARROW_DOWN")
-    assert told(browser)[1] == "Token 3 of 11, completion 2"
-    press(browser, "END", "ARROW_RIGHT")
-    assert told(browser)[1] == "Token 11 of 11, completion 2"
-    press(browser, "HOME", "ARROW_LEFT", "ARROW_UP")
-    assert told(browser)[1] == "Token 1 of 11, completion 1"
-    stops = js(browser, "return [...document.querySelectorAll('#group .tokens')].map(list => list.querySelectorAll('[tabindex=\"0\"]').length)")
-    assert stops == [1, 1] and js(browser, "return document.activeElement.getAttribute('aria-selected')") == "true"
-    assert "objective" in js(browser, "return document.getElementById('said').textContent")
+    focus(browser, 0, 0)
+    walk = [(["ARROW_RIGHT", "ARROW_RIGHT"], 3, 1), (["ARROW_DOWN"], 3, 2), (["END", "ARROW_RIGHT"], 11, 2),
+            (["ARROW_DOWN"], 11, 2), (["HOME", "ARROW_LEFT"], 1, 2), (["ARROW_UP"], 1, 1)]
+    for keys, token, completion in walk:
+        press(browser, *keys)
+        assert text(browser, "#facts h3") == f"Token {token} of 11, completion {completion}"
+        assert js(browser, "document.activeElement.dataset.t") == str(token - 1)
+        stops = "$$('#group .tokens').map(list => list.querySelectorAll('[tabindex=\"0\"]').length)"
+        assert js(browser, stops) == [1, 1]
+    assert js(browser, "document.activeElement.getAttribute('aria-label')") == "<think>, tag"
+    assert "objective" in text(browser, "#said")
 
 
 def test_the_panel_s_numbers_are_the_objective_s(visit, pages):
-    """w · min(ρA, clip(ρ)A) of the stored numbers, at ρ = 1 and where the clip binds: above 1 + eps it stops a gain, not a loss."""
-    browser, data = visit("one"), embedded(pages["one"])["runs"][0]["episodes"][0]["groups"][0]["completions"]
-    number = re.compile(r"[−+]?\d+\.\d+")
+    """w · min(ρA, clip(ρ)A) of the stored numbers, at ρ = 1 and where the clip binds: a gain stops above
+    1 + eps, a loss below 1 - eps, and only there is there no gradient."""
+    browser = visit("one")
+    clipped = []
     for k, t in ((0, 7), (1, 7), (1, 1)):
-        w, A = data[k]["w"]["rest"], data[k]["A"]
-        w = w[t] if isinstance(w, list) else w[str(data[k]["region"][t])]
-        focus_token(browser, k, t)
+        completion = completions(pages["one"])[k]
+        w, A = weight_of(completion, t, "rest"), completion["A"]
+        focus(browser, k, t)
+        facts = js(browser, "$$('#facts dd').map(d => d.textContent)")
+        assert facts[0] == rest.REGIONS[completion["region"][t]]
+        shown = [float(fact.split()[0].replace("−", "-")) for fact in facts[1:]]
+        expected = [completion["H"][t], math.exp(completion["logp"][t]), w, A]
+        assert shown == pytest.approx(expected, abs=0.006)
         for ratio in (1.0, 1.4, 0.6):
-            js(browser, "const r = document.getElementById('ratio'); r.value = arguments[0]; r.dispatchEvent(new Event('input'))", ratio)
-            expected = w * min(ratio * A, min(max(ratio, 0.8), 1.2) * A)
-            text = told(browser)[3]
-            assert float(number.search(text)[0].replace("−", "-")) == pytest.approx(expected, abs=0.006), (text, w, A, ratio)
-            assert ("Clipped" in js(browser, "return document.getElementById('objective').textContent")) == (ratio * A > expected / w + 1e-6)
+            choose(browser, "#ratio", ratio)
+            term = w * min(ratio * A, min(max(ratio, 0.8), 1.2) * A)
+            shown = float(text(browser, "#objective b")[2:].replace("−", "-"))
+            assert shown == pytest.approx(term, abs=0.006)
+            if "Clipped" in text(browser, "#objective"):
+                clipped.append((k, ratio))
+    assert clipped == [(0, 1.4), (1, 0.6), (1, 0.6)]
 
 
 def test_the_switches_of_method_and_channel(visit, pages):
-    """Each channel shades by its own number, each method by its own weights, and the focus stays where it was."""
-    browser, data = visit("one"), embedded(pages["one"])["runs"][0]["episodes"][0]["groups"][0]["completions"]
-    focus_token(browser, 1, 7)
-    seen = {}
-    for channel in ("weight", "entropy", "logp", "gain"):
-        js(browser, "document.querySelector(`input[value=${arguments[0]}]`).click()", channel)
-        seen[channel] = shades(browser)
-    assert len({tuple(values) for values in seen.values()}) == 4
-    striped = js(browser, "return [...document.querySelectorAll('#group .tokens')].map(list => list.querySelectorAll('.down').length)")
-    assert data[0]["A"] > 0 > data[1]["A"] and striped == [0, 11]
-    js(browser, "document.querySelector('input[value=weight]').click()")
-    js(browser, "const s = document.getElementById('choose-weights-of-method'); s.value = 'token-entropy'; s.dispatchEvent(new Event('change'))")
-    w = data[1]["w"]["token-entropy"]
-    assert float(shades(browser)[11 + 7]) == pytest.approx(w[7] / (1 + w[7]), abs=1e-3) and told(browser)[1] == "Token 8 of 11, completion 2"
-    assert "weight w (token-entropy)" in js(browser, "return document.getElementById('facts').textContent")
-    offered = js(browser, "return [...document.querySelectorAll('#choose-weights-of-method option')].map(o => o.value)")
-    assert offered == list(rest.WEIGHTS)
+    """Each channel shades by its own number, each method by its own weights, and the place is kept."""
+    browser, data = visit("one"), completions(pages["one"])
+    focus(browser, 1, 7)
+    w, A, H, logp = weight_of(data[1], 7, "rest"), data[1]["A"], data[1]["H"][7], data[1]["logp"][7]
+    expected = {"weight": w / (1 + w), "entropy": H / (H + 0.5), "logp": -logp / (0.5 - logp),
+                "gain": abs(w * A) / (1 + abs(w * A))}
+    for channel, shade in expected.items():
+        js(browser, "$(`input[value=${arguments[0]}]`).click()", channel)
+        assert float(shades(browser)[11 + 7]) == pytest.approx(shade, abs=2e-3), channel
+    assert A < 0 < data[0]["A"]
+    assert js(browser, "$$('#group .tokens').map(list => list.querySelectorAll('.down').length)") == [0, 11]
+    js(browser, "$('input[value=weight]').click()")
+    choose(browser, "#choose-weights-of-method", "token-entropy")
+    w = weight_of(data[1], 7, "token-entropy")
+    assert float(shades(browser)[11 + 7]) == pytest.approx(w / (1 + w), abs=2e-3)
+    assert text(browser, "#facts h3") == "Token 8 of 11, completion 2"
+    assert "weight w (token-entropy)" in text(browser, "#facts")
+    assert js(browser, "$$('#choose-weights-of-method option').map(o => o.value)") == list(rest.WEIGHTS)
+    assert js(browser, "$$('.weights > :nth-child(3n+1)').map(m => m.textContent)") == list(rest.WEIGHTS)
 
 
 def test_hostile_text_is_shown_and_does_nothing(visit):
-    """Completion, prompt and question hold tags, handlers, a comment, half a surrogate pair and a character that turns the text round."""
+    """Completion, prompt and question hold tags, handlers, a comment, half a character and a character that
+    turns the text round."""
     browser = visit("one")
-    js(browser, "document.querySelector('#choose-prompt input[value=\"1\"]').click(); document.querySelector('details').open = true")
-    shown = js(browser, "return document.querySelectorAll('#group .tokens')[1].textContent")
-    assert '</script><script>window.hacked=1</script><img src=x onerror="window.hacked=2"><!--' in shown and "⟨U+202E⟩&lt;b&gt;" in shown
-    assert "onerror" in js(browser, "return document.querySelector('.asked').textContent + document.querySelector('pre').textContent")
-    assert js(browser, "return [typeof window.hacked, document.images.length, document.scripts.length]") == ["undefined", 0, 2]
+    js(browser, "$('#choose-prompt input[value=\"1\"]').click()")
+    shown = js(browser, "$$('#group .tokens')[1].textContent")
+    assert TAGS in shown and "⟨U+2028⟩⟨U+202E⟩&lt;b&gt;⟨U+D800⟩" in shown
+    assert TAGS in text(browser, ".asked") and TAGS in text(browser, "pre")
+    found = "[typeof window.hacked, document.images.length, document.scripts.length]"
+    assert js(browser, found) == ["undefined", 0, 2]
 
 
 def test_wrong_calls_are_marked_by_more_than_colour(visit):
     browser = visit("one")
-    right, wrong = js(browser, "return [...document.querySelectorAll('.calls')].slice(0, 2).map(list => list.textContent)")
-    assert right.startswith("✓ ") and "add(a = 1, b = 2)" in right
-    assert wrong.startswith("✗ ") and "b = 3 gold: 2" in wrong
-    assert js(browser, "return document.querySelectorAll('.calls')[1].querySelector('del').textContent") == "3"
+    right, wrong = js(browser, "$$('.calls').map(list => list.textContent)")
+    assert right == "✓ add(a = 1, b = 2)"
+    assert wrong == "✗ add(a = 1, b = 3 gold: 2)" and text(browser, ".calls del") == "3"
+
+
+def test_what_was_not_sampled_is_no_part_of_the_loss(visit):
+    """A tool's tokens have no weight and no numbers; a refused call is told; an empty completion is one."""
+    browser = visit("live")
+    assert "calls that the tools refused: 1" in text(browser, ".numbers")
+    focus(browser, 0, 1)
+    assert "no part of the loss" in text(browser, "#facts") and not js(browser, "$('#objective')")
+    assert js(browser, "$$('#group .token.forced').length") == 2
+    assert js(browser, "$('#ratio-row').hidden")
+    focus(browser, 0, 2)
+    assert js(browser, "$('#objective') !== null && !$('#ratio-row').hidden")
+    assert js(browser, "$$('#group .tokens')[1].children.length") == 0
+    press(browser, "ARROW_DOWN")
+    assert text(browser, "#facts h3") == "Token 3 of 11, completion 1"
 
 
 @pytest.mark.parametrize("width", [340, 390, 800])
-@pytest.mark.parametrize("name", ["one", "four", "bare"])
+@pytest.mark.parametrize("name", ["one", "four", "live", "bare"])
 def test_no_horizontal_scroll_on_a_phone(visit, name, width):
     browser = visit(name, width)
-    assert js(browser, "return document.documentElement.scrollWidth") <= width
+    assert js(browser, "document.documentElement.scrollWidth") <= width
+    if name in ("one", "four"):
+        js(browser, "$('#choose-prompt input[value=\"1\"]').click()")
+        assert "w" * 99 in text(browser, "#stage")
+        assert js(browser, "document.documentElement.scrollWidth") <= width
+
+
+CONTRAST = """(() => {
+    const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+    const style = getComputedStyle(document.documentElement);
+    return arguments[0].map(pair => pair.map(name => {
+        canvas.fillStyle = style.getPropertyValue(name);
+        canvas.fillRect(0, 0, 1, 1);
+        return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
+    }));
+})()"""
+
+
+def luminance(rgb):
+    linear = [c / 3294.6 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in rgb]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 @pytest.mark.parametrize("dark", [False, True])
 def test_every_region_can_be_read_in_light_and_dark(visit, dark):
-    """Contrast of the text on the fullest shade of every region, and of the soft text on a card, at least 4.5 (WCAG AA); underlines differ."""
+    """Contrast of text on the fullest shade of every region, and of the other texts on a card, at least 4.5
+    (WCAG AA); regions differ in their underline too; dark is dark."""
     browser = visit("one", dark=dark)
-    code = """
-        const probe = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
-        const rgb = css => { probe.fillStyle = css; probe.fillRect(0, 0, 1, 1); return [...probe.getImageData(0, 0, 1, 1).data]; };
-        const style = getComputedStyle(document.documentElement), card = style.getPropertyValue('--card');
-        const pairs = [0, 1, 2, 3, 4, 5].map(r => ['--ink', `--r${r}`]).concat([['--soft', '--card'], ['--good', '--card'], ['--bad', '--card'], ['--soft', '--page']]);
-        return pairs.map(pair => pair.map(name => rgb(style.getPropertyValue(name)).slice(0, 3)))"""
-
-    def luminance(rgb):
-        linear = [c / 3294.6 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in rgb]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    for pair in js(browser, code):
-        low, high = sorted(map(luminance, pair))
+    pairs = [["--ink", f"--r{r}"] for r in range(6)] + [["--soft", "--page"], ["--card", "--accent"]]
+    pairs += [[name, "--card"] for name in ("--ink", "--soft", "--good", "--bad")]
+    for pair, colours in zip(pairs, js(browser, CONTRAST, pairs)):
+        low, high = sorted(map(luminance, colours))
         assert (high + 0.05) / (low + 0.05) >= 4.5, pair
-    background = js(browser, "return getComputedStyle(document.body).backgroundColor")
+    background = js(browser, "getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", background)[:3])) < 200) == dark
-    lines = js(browser, """return [...document.querySelectorAll('#keys .token')].map(t => { const s = getComputedStyle(t);
-        return s.textDecorationLine + s.textDecorationStyle + s.textDecorationThickness })""")
-    assert len(set(lines)) == 6
+    lines = js(browser, """$$('#keys .token').map(getComputedStyle).map(s =>
+        s.textDecorationLine + s.textDecorationStyle + s.textDecorationThickness)""")
+    assert len(lines) == len(set(lines)) == 6
 
 
-def test_several_runs_are_averaged_by_method_with_a_band(visit, pages):
-    """Two seeds of ResT, 0.1 apart: their mean and one standard deviation on either side; the run can be switched."""
+def test_several_runs_are_averaged_by_method_with_a_band(visit):
+    """Two seeds of ResT, 0.1 apart: their mean, and one standard deviation, 0.0707, on either side. The two
+    of GRPO are alike and have no band. Run and region curves can be switched."""
     browser = visit("four")
-    first = "document.querySelector('.panels figure svg')"
-    assert js(browser, f"return {first}.querySelectorAll('.line').length") == 2
-    assert "rest: 0.35 at step 0" in js(browser, f"return {first}.getAttribute('aria-label')")
-    band = js(browser, f"const b = {first}.querySelector('.band').getBBox(), s = {first}.querySelectorAll('.grid'); return [b.height, s.length]")
-    assert band[0] > 0 and js(browser, f"return {first}.querySelectorAll('.band').length") == 1
-    assert js(browser, "return document.querySelector('#held tr:last-child').textContent") == "all35.0% ± 7.175.0% ± 7.130.0% ± 0.070.0% ± 0.0"
-    js(browser, "const s = document.getElementById('choose-run'); s.value = '2'; s.dispatchEvent(new Event('change'))")
-    assert "grpo (this run)" in js(browser, "return document.getElementById('choose-weights-of-method').selectedOptions[0].textContent")
-    js(browser, "const s = document.getElementById('choose-regions-of'); s.value = 'grpo'; s.dispatchEvent(new Event('change'))")
-    assert "Weight by region (grpo)" in js(browser, "return document.getElementById('panels').textContent")
+    figure = "$('.panels figure')"
+    assert js(browser, f"{figure}.querySelectorAll('.line').length") == 2
+    assert "rest: 0.35 at step 0" in js(browser, f"{figure}.querySelector('svg').getAttribute('aria-label')")
+    bands = js(browser, f"[...{figure}.querySelectorAll('.band')].map(band => band.getAttribute('d'))")
+    heights = [float(point.split()[1]) for point in bands[0].strip("MZ").split("L")]
+    assert len(bands) == 1 and heights[-1] - heights[0] == pytest.approx(2 * 0.0707 * 142, abs=0.2)
+    row = "all35.0% ± 7.175.0% ± 7.130.0% ± 0.070.0% ± 0.0"
+    assert text(browser, "#held tr:last-child") == row
+    choose(browser, "#choose-run", "2")
+    assert js(browser, "$('#choose-weights-of-method').selectedOptions[0].textContent") == "grpo (this run)"
+    choose(browser, "#choose-regions-of", "grpo")
+    assert "Weight by region (grpo)" in text(browser, "#panels")
 
 
 def test_a_folder_with_its_settings_alone_still_makes_a_page(visit):
-    browser = visit("bare")
-    text = js(browser, "return document.body.innerText")
-    for words in ("Not in the metrics", "no time.json", "no episodes.jsonl", "neither before.json nor after.json", "not in the folder: metrics.jsonl"):
-        assert words in text, words
+    words = js(visit("bare"), "document.body.innerText")
+    for said in ("Not in the metrics", "no time.json", "no episodes.jsonl", "in the folder: metrics.jsonl",
+                 "neither before.json nor after.json"):
+        assert said in words, said

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from toy_tools import tasks
+from toy_tools import tasks, tools
 from toy_tools.schema import TYPES
-from toy_tools.tasks import CATEGORIES, REQUESTS, completion_text, decompose, from_dataset, make_rows, to_dataset, toolbox_for
-from toy_tools.tools import RATES, TOOLS, UNITS
+from toy_tools.tasks import CATEGORIES, completion_text, decompose, from_dataset, make_rows, to_dataset, toolbox_for
+from toy_tools.tools import LANGUAGES, RATES, TOOLS, UNITS
 
 N = 1500
 ROWS = {(split, mask): make_rows(N, split, seed=11, mask_names=mask) for split in ("train", "test") for mask in (False, True)}
@@ -35,7 +35,7 @@ def strings(value):
 PAIRS = ((tasks.FIRST, tasks.LAST), (tasks.AREA, tasks.CITY), (tasks.COLOUR, tasks.THING), (tasks.KIND, tasks.HOUSE), (tasks.KIND, tasks.CROWD),
          (tasks.KIND, tasks.TRADE), (tasks.SAY, tasks.WHEN))
 ENTITY = re.compile("|".join([r"[a-z]+@[a-z]+\.com", *(rf"\b(?:{'|'.join(a)}) (?:{'|'.join(b)})\b" for a, b in PAIRS), r"\b[A-H]?\d[\d +*/-]*(?<! )",
-                              *(rf"\b{e}\b" for e in sorted([*tasks.LANGUAGES, *UNITS], key=len, reverse=True))]))
+                              *(rf"\b{e}\b" for e in sorted([*LANGUAGES, *UNITS], key=len, reverse=True))]))
 
 
 def phrasing(text):
@@ -47,7 +47,7 @@ def phrasing(text):
 
 TEMPLATE_TOOL = {phrasing(row["messages"][0]["content"]): row["gold"][0][0]["name"]
                  for split in ("train", "test") for row in make_rows(3000, split, seed=1, categories=["simple"])}
-assert len(TEMPLATE_TOOL) == sum(len(train) + len(test) for _, train, test in REQUESTS.values())  # one phrasing belongs to one tool
+assert len(TEMPLATE_TOOL) == sum(len(tool.train) + 1 for tool in TOOLS.values())  # one phrasing belongs to one tool
 
 
 def test_rows_have_the_promised_shape():
@@ -129,9 +129,9 @@ def test_in_irrelevance_rows_no_offered_tool_fits():
         if row["category"] == "irrelevance":
             wanted = TEMPLATE_TOOL[phrasing(row["messages"][0]["content"])]
             offered = {tool["function"]["name"] for tool in row["tools"]}
-            assert wanted not in offered and not offered & set(tasks.STAND_INS.get(wanted, ()))
+            assert wanted not in offered and not offered & set(TOOLS[wanted].stand_ins)
             seen.add(wanted)
-    assert seen == set(TOOLS) == set(REQUESTS)
+    assert seen == set(TOOLS)
 
 
 def test_splits_share_no_text_no_phrasing_no_entity():
@@ -159,8 +159,8 @@ def test_splits_share_no_text_no_phrasing_no_entity():
     assert len(both[0] & both[1]) > 0.9 * len(both[0] | both[1])  # pairs are held out, their words are not
     cities = [{c["city"] for row in rows for c in row["state"].get("contacts", {}).values()} for rows in (train, test)]
     assert min(map(len, cities)) >= 10 and not cities[0] & cities[1]
-    for _, in_train, in_test in REQUESTS.values():
-        assert in_test and len(in_train) > 1 and not set(in_train) & set(in_test)
+    for tool in TOOLS.values():
+        assert tool.test and len(tool.train) > 1 and tool.test not in tool.train
 
 
 def test_the_same_in_every_process():
@@ -226,3 +226,28 @@ def test_dataset_round_trip_is_exact():
 def test_bad_arguments_are_named(arguments, word):
     with pytest.raises(ValueError, match=word):
         make_rows(3, **arguments)
+
+
+def test_a_new_tool_is_one_row_of_one_table(monkeypatch):
+    """With an array, an object and an optional parameter: its tasks, schema and box follow from the row; an entry that
+    was forgotten is named."""
+    def pack(things, label=None):
+        return {"packed": len(things), "label": label and label["text"]}
+    row = dict(name="pack", description="packs things", function=pack, what="parcel",
+               parameters={"things": {"type": "array", "items": {"type": "string"}},
+                           "label": {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}},
+               arguments=lambda draw: {"things": [draw.thing(), draw.thing()]}, train=("pack {things}", "box {things}"),
+               test="please pack {things}", optional=("label",))
+    monkeypatch.setitem(TOOLS, "pack", tools.Tool(**row))
+    found = [r for r in make_rows(200, "train", categories=["simple"]) if r["gold"][0][0]["name"] == "pack"]
+    offered = [tool["function"] for r in found for tool in r["tools"] if tool["function"]["name"] == "pack"]
+    assert found and all(tool["parameters"]["required"] == ["things"] for tool in offered)
+    call = tools.ToolBox().functions["pack"]
+    assert call(things=["a", "b"]) == {"packed": 2, "label": None}
+    assert call(things=["a"], label={"text": "x"}) == {"packed": 1, "label": "x"}
+    for bad in ({}, {"things": "a"}, {"things": [1]}, {"things": [], "label": {}}, {"things": [], "label": "x"}):
+        with pytest.raises(ValueError):
+            call(**bad)
+    del row["test"]
+    with pytest.raises(TypeError, match="'test'"):
+        tools.Tool(**row)

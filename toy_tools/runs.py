@@ -138,8 +138,8 @@ def verify(folder):
 def find_checkpoint(folder, read=lambda path: None):
     """(path, read(path), sentences): the newest whole checkpoint of a run, and what is wrong with newer ones.
 
-    An interrupted save leaves it in any of four places. Nothing is changed. read(path) may raise too: then the
-    one before is taken. Raises FileNotFoundError without any, ValueError without a whole one."""
+    An interrupted save leaves it in any of four places. Nothing is changed. read(path) may raise too: then
+    the one before is taken. Raises FileNotFoundError without any, ValueError without a whole one."""
     folder = Path(folder)
     found = [folder / name for name in (NEWEST, PREVIOUS) if (folder / name).is_dir()]
     for name in (PART, OLD):  # without a manifest they are half written, or half removed
@@ -190,9 +190,9 @@ def plain_name(name):
 class RunFolder:
     """The folder base/name, made and locked for this process until it is closed or dies. For a `with`.
 
-    `new`: it has none of the files `marks`, nothing has begun. `worth`: set this once it holds what should not
-    be lost; a new folder that is left by an exception before that is removed, so that refused input leaves
-    nothing behind. Raises ValueError if it cannot be made; Taken."""
+    `new`: it has none of the files `marks`, nothing has begun. `worth`: set this once it holds what should
+    not be lost; a new folder that is left by an exception before that is removed, so that refused input
+    leaves nothing behind. Raises ValueError if it cannot be made; Taken."""
 
     def __init__(self, base, name, marks=("config.json",)):
         self.path = Path(base) / plain_name(name)

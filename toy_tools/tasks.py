@@ -7,7 +7,7 @@ import json
 import random
 import re
 
-from toy_tools.tools import LANGUAGES, RATES, TOOLS, UNITS, ToolBox
+from toy_tools.tools import TOOLS, ToolBox
 
 CATEGORIES = ("simple", "multiple", "parallel", "irrelevance", "multi_turn")
 
@@ -66,6 +66,12 @@ class Draw:
     def place(self):
         return self.pair(KIND, HOUSE)
 
+    def company(self):
+        return self.pair(KIND, TRADE)
+
+    def artist(self):
+        return self.pair(KIND, CROWD)
+
     def say(self):
         return self.pair(SAY, WHEN)
 
@@ -85,55 +91,8 @@ class Draw:
         return {what: n, "source": source, "target": self.rng.choice([k for k in kinds if k != source and kinds[k][0] == kinds[source][0]])}
 
 
-# --------------------------------------------------------------- one single-call request per tool: arguments, train and test phrasings
-# A phrasing is filled with the arguments, so that each value stands in the text as it stands in the call.
+# ------------------------------------------------------------------------------------- what is said
 
-REQUESTS = {
-    "calculator": (lambda d: {"expression": d.expression()},
-                   ["what is {expression}?", "compute {expression}", "calculate {expression} for me", "the result of {expression}?"],
-                   ["compute the result of {expression} for me"]),
-    "convert_units": (lambda d: d.amount("value", UNITS),
-                      ["convert {value} {source} to {target}", "how much is {value} {source} in {target}?", "{value} {source} in {target}",
-                       "I have {value} {source}, what is that in {target}?"], ["convert {value} {source} into {target} for me"]),
-    "convert_currency": (lambda d: d.amount("amount", {k: ("money", rate) for k, rate in RATES.items()}),
-                         ["change {amount} {source} into {target}", "I want {amount} {source} in {target}", "{amount} {source} in {target}",
-                          "I have {amount} {source} and want {target}"], ["change {amount} {source} to {target} for me"]),
-    "add_days": (lambda d: {"date": d.date(), "days": d.number()},
-                 ["which date is {days} days after {date}?", "add {days} days to {date}", "{days} days from {date} is when?",
-                  "when is it {date} and {days} days?"], ["when is {days} days after {date}?"]),
-    "get_weekday": (lambda d: {"date": d.date()},
-                ["what day of the week is {date}?", "which weekday was {date}?", "what weekday is {date}?", "tell me the day of {date}"],
-                ["tell me the weekday of {date}"]),
-    "get_weather": (lambda d: {"city": d.city()},
-                ["how is the weather in {city}?", "weather in {city} now", "tell me the weather of {city}", "what is the weather like in {city}?"],
-                ["what is the weather now in {city}?"]),
-    "local_time": (lambda d: {"city": d.city()},
-                   ["what time is it in {city}?", "local time in {city}", "tell me the time of {city}", "how late is it in {city} now?"],
-                   ["what is the local time in {city}?"]),
-    "stock_price": (lambda d: {"company": d.pair(KIND, TRADE)},
-                    ["price of {company} stock?", "what does a {company} stock cost?", "check the stock of {company}", "the stock price of {company} now"],
-                    ["what is the price of a {company} stock?"]),
-    "translate_words": (lambda d: {"words": d.thing(), "language": d.rng.choice(LANGUAGES)},
-                  ["translate {words} into {language}", "what is {words} in {language}?", "the {language} word for {words}?",
-                   "how do I say {words} in {language}?"], ["translate {words} to {language} for me"]),
-    "play_music": (lambda d: {"artist": d.pair(KIND, CROWD)},
-                   ["play something by {artist}", "play music of {artist}", "I want to hear {artist}", "a song by {artist}"],
-                   ["I want to hear music by {artist}"]),
-    "find_contact": (lambda d: {"name": d.name()},
-                     ["look up {name}", "where does {name} live?", "find the contact of {name}", "who is {name}?"], ["look up the contact of {name}"]),
-    "send_message": (lambda d: {"to": d.email(), "text": d.say()},
-                     ["write {text} to {to}", "send {to} the text {text}", "message {to}: {text}", "send a text to {to}, {text}"],
-                     ["send a message to {to}: {text}"]),
-    "add_reminder": (lambda d: {"text": d.thing(), "date": d.date()},
-                     ["remind me of the {text} on {date}", "on {date} remind me about {text}", "set a reminder for {date}: {text}",
-                      "I need a reminder of the {text} on {date}"], ["set a reminder about {text} on {date}"]),
-    "book_table": (lambda d: {"restaurant": d.place(), "people": d.rng.randrange(2, 13)},
-                   ["book a table for {people} at {restaurant}", "reserve {restaurant} for {people} people", "a table at {restaurant}, we are {people}",
-                    "get me a table at {restaurant} for {people}"], ["reserve a table at {restaurant} for {people} people"]),
-    "cancel_booking": (lambda d: {"code": d.code()},
-                       ["cancel booking {code}", "please cancel my booking {code}", "drop the booking {code}", "I do not want booking {code}, cancel it"],
-                       ["I want to cancel booking {code}"]),
-}
 GREETINGS = ("", "", "", "Hi, ", "Hello, ", "Please: ")
 
 # a thought says what is wanted, which tool that takes, and what follows: OPENING + NEED + TOOL + one of USE, NO_TOOL, SEVERAL
@@ -144,24 +103,20 @@ USE = (" can do this.", " gives it.", " is offered.", " works.")
 NO_TOOL = (", which is missing.", ", not offered.", ", but I lack it.", ", not here.")
 SEVERAL = (". One of {n} calls.", ". In all {n} calls.", ". The first of {n} things.")
 REFUSALS = ("Sorry, I have no tool for that.", "I cannot do that with my tools.", "None of my tools can help with this.")
-STAND_INS = {"convert_units": ["calculator"]}  # tools that could do another's work, so that "nothing fits" would be wrong
+
 
 
 def request(draw, name):
     """(call, user text) for one tool."""
-    make, train, test = REQUESTS[name]
-    arguments = make(draw)
-    return {"name": name, "arguments": arguments}, draw.rng.choice(test if draw.test else train).format(**arguments)
-
-
-WHAT = {"calculator": "result", "convert_units": "conversion", "convert_currency": "exchange", "add_days": "later date", "get_weekday": "day of the week",
-        "get_weather": "weather", "local_time": "time", "stock_price": "price", "translate_words": "translation", "play_music": "music", "find_contact": "contact",
-        "send_message": "message", "add_reminder": "reminder", "book_table": "table", "cancel_booking": "cancellation"}
+    tool = TOOLS[name]
+    arguments = tool.arguments(draw)
+    phrasing = draw.rng.choice([tool.test] if draw.test else tool.train)
+    return {"name": name, "arguments": arguments}, phrasing.format(**arguments)
 
 
 def _think(draw, call, then, **words):
     text = "".join(draw.rng.choice(part) for part in (OPENING, NEED, TOOL, then))
-    return text.format(tool=call["name"], what=WHAT[call["name"]], **words)
+    return text.format(tool=call["name"], what=TOOLS[call["name"]].what, **words)
 
 
 def _row(draw, category, user, gold, demo, names, state=None):
@@ -206,7 +161,7 @@ def _parallel(draw, names):
 
 
 def _irrelevance(draw, names):
-    call, user = request(draw, draw.rng.choice([n for n in TOOLS if not {n, *STAND_INS.get(n, ())} & set(names)]))
+    call, user = request(draw, draw.rng.choice([n for n in TOOLS if not {n, *TOOLS[n].stand_ins} & set(names)]))
     think = _think(draw, call, NO_TOOL)
     return _row(draw, "irrelevance", user, [[]], [{"think": think, "response": draw.rng.choice(REFUSALS)}], names)
 

@@ -220,36 +220,126 @@ def cancel_booking(state, code):
 
 @dataclass
 class Tool:
-    """A tool: `parameters` are JSON schema properties, all required; a stateful function takes the episode's state first."""
+    """One row of the table below: all that there is to say about a tool, and how it is asked for."""
+
     name: str
     description: str
-    parameters: dict
-    function: callable
+    parameters: dict         # JSON schema properties: any type, arrays and objects too
+    function: callable       # function(**arguments); a stateful one takes the episode's state first
+    what: str                # what a thought says that the user wants
+    arguments: callable      # tasks.Draw -> arguments of a random request
+    train: tuple             # phrasings of it, filled with the arguments, so that each value
+    test: str                # stands in the text as it stands in the call; a held-out one
     stateful: bool = False
+    optional: tuple = ()     # parameters that a call may leave out
+    stand_ins: tuple = ()    # tools that could do its work, so that "nothing fits" would be wrong
 
     def schema(self):
         """The schema that chat templates render and the toolbox checks."""
-        return {"type": "function", "function": {"name": self.name, "description": self.description, "parameters": {
-            "type": "object", "properties": copy.deepcopy(self.parameters), "required": list(self.parameters)}}}
+        required = [name for name in self.parameters if name not in self.optional]
+        return {"type": "function", "function": {
+            "name": self.name, "description": self.description, "parameters": {
+                "type": "object", "properties": copy.deepcopy(self.parameters), "required": required}}}
 
 
 STRING, NUMBER, INTEGER = {"type": "string"}, {"type": "number"}, {"type": "integer"}
 TOOLS = {tool.name: tool for tool in (
-    Tool("calculator", "value of an arithmetic expression", {"expression": STRING}, calculate),
-    Tool("convert_units", "convert length, mass or volume", {"value": NUMBER, "source": STRING, "target": STRING}, convert_units),
-    Tool("convert_currency", "convert money", {"amount": NUMBER, "source": STRING, "target": STRING}, convert_currency),
-    Tool("add_days", "the date some days after a date", {"date": STRING, "days": INTEGER}, add_days),
-    Tool("get_weekday", "day of the week of a date", {"date": STRING}, weekday),
-    Tool("get_weather", "current weather in a city", {"city": STRING}, weather),
-    Tool("local_time", "current time in a city", {"city": STRING}, local_time),
-    Tool("stock_price", "stock price of a company", {"company": STRING}, stock_price),
-    Tool("translate_words", "translate words", {"words": STRING, "language": {"type": "string", "enum": list(LANGUAGES)}}, translate),
-    Tool("play_music", "play songs of an artist", {"artist": STRING}, play_music),
-    Tool("find_contact", "city and email of a person", {"name": STRING}, find_contact, True),
-    Tool("send_message", "send a text to an address", {"to": STRING, "text": STRING}, send_message, True),
-    Tool("add_reminder", "remind of something on a date", {"text": STRING, "date": STRING}, add_reminder, True),
-    Tool("book_table", "book a restaurant table", {"restaurant": STRING, "people": INTEGER}, book_table, True),
-    Tool("cancel_booking", "cancel a booking by its code", {"code": STRING}, cancel_booking, True))}
+    Tool("calculator", "value of an arithmetic expression",
+         {"expression": STRING}, calculate,
+         what="result", arguments=lambda draw: {"expression": draw.expression()},
+         test="compute the result of {expression} for me", train=(
+             "what is {expression}?", "compute {expression}", "calculate {expression} for me",
+             "the result of {expression}?")),
+    Tool("convert_units", "convert length, mass or volume",
+         {"value": NUMBER, "source": STRING, "target": STRING}, convert_units,
+         what="conversion", arguments=lambda draw: draw.amount("value", UNITS),
+         test="convert {value} {source} into {target} for me", train=(
+             "convert {value} {source} to {target}", "how much is {value} {source} in {target}?",
+             "{value} {source} in {target}", "I have {value} {source}, what is that in {target}?"),
+         stand_ins=("calculator",)),
+    Tool("convert_currency", "convert money",
+         {"amount": NUMBER, "source": STRING, "target": STRING}, convert_currency,
+         what="exchange",
+         arguments=lambda draw: draw.amount("amount", dict.fromkeys(RATES, ("money",))),
+         test="change {amount} {source} to {target} for me", train=(
+             "change {amount} {source} into {target}", "I want {amount} {source} in {target}",
+             "{amount} {source} in {target}", "I have {amount} {source} and want {target}")),
+    Tool("add_days", "the date some days after a date",
+         {"date": STRING, "days": INTEGER}, add_days,
+         what="later date", arguments=lambda draw: {"date": draw.date(), "days": draw.number()},
+         test="when is {days} days after {date}?", train=(
+             "which date is {days} days after {date}?", "add {days} days to {date}",
+             "{days} days from {date} is when?", "when is it {date} and {days} days?")),
+    Tool("get_weekday", "day of the week of a date",
+         {"date": STRING}, weekday,
+         what="day of the week", arguments=lambda draw: {"date": draw.date()},
+         test="tell me the weekday of {date}", train=(
+             "what day of the week is {date}?", "which weekday was {date}?",
+             "what weekday is {date}?", "tell me the day of {date}")),
+    Tool("get_weather", "current weather in a city",
+         {"city": STRING}, weather,
+         what="weather", arguments=lambda draw: {"city": draw.city()},
+         test="what is the weather now in {city}?", train=(
+             "how is the weather in {city}?", "weather in {city} now",
+             "tell me the weather of {city}", "what is the weather like in {city}?")),
+    Tool("local_time", "current time in a city",
+         {"city": STRING}, local_time,
+         what="time", arguments=lambda draw: {"city": draw.city()},
+         test="what is the local time in {city}?", train=(
+             "what time is it in {city}?", "local time in {city}", "tell me the time of {city}",
+             "how late is it in {city} now?")),
+    Tool("stock_price", "stock price of a company",
+         {"company": STRING}, stock_price,
+         what="price", arguments=lambda draw: {"company": draw.company()},
+         test="what is the price of a {company} stock?", train=(
+             "price of {company} stock?", "what does a {company} stock cost?",
+             "check the stock of {company}", "the stock price of {company} now")),
+    Tool("translate_words", "translate words",
+         {"words": STRING, "language": {"type": "string", "enum": list(LANGUAGES)}}, translate,
+         what="translation",
+         arguments=lambda draw: {"words": draw.thing(), "language": draw.rng.choice(LANGUAGES)},
+         test="translate {words} to {language} for me", train=(
+             "translate {words} into {language}", "what is {words} in {language}?",
+             "the {language} word for {words}?", "how do I say {words} in {language}?")),
+    Tool("play_music", "play songs of an artist",
+         {"artist": STRING}, play_music,
+         what="music", arguments=lambda draw: {"artist": draw.artist()},
+         test="I want to hear music by {artist}", train=(
+             "play something by {artist}", "play music of {artist}", "I want to hear {artist}",
+             "a song by {artist}")),
+    Tool("find_contact", "city and email of a person",
+         {"name": STRING}, find_contact, stateful=True,
+         what="contact", arguments=lambda draw: {"name": draw.name()},
+         test="look up the contact of {name}", train=(
+             "look up {name}", "where does {name} live?", "find the contact of {name}",
+             "who is {name}?")),
+    Tool("send_message", "send a text to an address",
+         {"to": STRING, "text": STRING}, send_message, stateful=True,
+         what="message", arguments=lambda draw: {"to": draw.email(), "text": draw.say()},
+         test="send a message to {to}: {text}", train=(
+             "write {text} to {to}", "send {to} the text {text}", "message {to}: {text}",
+             "send a text to {to}, {text}")),
+    Tool("add_reminder", "remind of something on a date",
+         {"text": STRING, "date": STRING}, add_reminder, stateful=True,
+         what="reminder", arguments=lambda draw: {"text": draw.thing(), "date": draw.date()},
+         test="set a reminder about {text} on {date}", train=(
+             "remind me of the {text} on {date}", "on {date} remind me about {text}",
+             "set a reminder for {date}: {text}", "I need a reminder of the {text} on {date}")),
+    Tool("book_table", "book a restaurant table",
+         {"restaurant": STRING, "people": INTEGER}, book_table, stateful=True,
+         what="table",
+         arguments=lambda draw: {"restaurant": draw.place(), "people": draw.rng.randrange(2, 13)},
+         test="reserve a table at {restaurant} for {people} people", train=(
+             "book a table for {people} at {restaurant}",
+             "reserve {restaurant} for {people} people",
+             "a table at {restaurant}, we are {people}",
+             "get me a table at {restaurant} for {people}")),
+    Tool("cancel_booking", "cancel a booking by its code",
+         {"code": STRING}, cancel_booking, stateful=True,
+         what="cancellation", arguments=lambda draw: {"code": draw.code()},
+         test="I want to cancel booking {code}", train=(
+             "cancel booking {code}", "please cancel my booking {code}",
+             "drop the booking {code}", "I do not want booking {code}, cancel it")))}
 
 
 class ToolBox:
@@ -265,17 +355,19 @@ class ToolBox:
 
     def _bind(self, tool, parameters):
         masks = {real: mask for mask, real in parameters.items()}
-        properties = {masks.get(name, name): schema for name, schema in tool.parameters.items()}  # as the model sees them
+        shown = tool.schema()["function"]["parameters"]  # as the model sees it
+        shown["properties"] = {masks.get(name, name): part for name, part in shown["properties"].items()}
+        shown["required"] = [masks.get(name, name) for name in shown["required"]]
 
         def call(**arguments):
             try:
-                check(arguments, {"properties": properties, "required": list(properties)})
+                check(arguments, shown)
             except ValueError as error:
                 raise rest.InvalidArguments(str(error)) from None
             for name, value in arguments.items():
                 if isinstance(value, str) and len(value) > 1000:
                     raise ValueError(f"{name} is longer than 1000 characters")
-                if not isinstance(value, str) and not abs(value) <= 1e15:
+                if isinstance(value, (int, float)) and not abs(value) <= 1e15:
                     raise ValueError(f"{name} must be a number below 1e15")
             arguments = {parameters.get(k, k): v for k, v in arguments.items()}
             return tool.function(self.state, **arguments) if tool.stateful else tool.function(**arguments)
