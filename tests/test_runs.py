@@ -451,6 +451,7 @@ def test_a_closed_terminal_does_not_end_the_run():
         os.dup2(writer, 1)
         os.dup2(writer, 2)
         os.close(writer)
+        os.close(reader)  # else somebody would still listen
         with runs.Interrupt() as interrupt, interrupt.deferred():
             os.write(1, b"ready")
             while not interrupt.requested:

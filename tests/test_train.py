@@ -508,7 +508,8 @@ def test_a_finished_run_is_prolonged(start, tmp_path, capsys, monkeypatch):
     assert rows[:2] == first and [row["step"] for row in rows] == list(range(5))
     assert rows[3]["lr"] == rest.learning_rate(rest.Config(steps=5, learning_rate=1e-4), 3)
     assert (tmp_path / "a/after-2.json").read_text() == result != (tmp_path / "a/after.json").read_text()
-    assert json.loads((tmp_path / "a/config.json").read_text())["lengths"] == [[0, 2], [2, 5]]
+    options = json.loads((tmp_path / "a/config.json").read_text())
+    assert options["lengths"] == [[0, 2], [2, 5]] and options["config"]["steps"] == 5
 
 
 def test_a_damaged_checkpoint_costs_only_its_steps(start, tmp_path, capsys):
@@ -629,7 +630,7 @@ def test_eval_only_evaluates_what_it_was_asked_to(start, tmp_path, capsys, monke
     run(tmp_path, "--eval-only", "--name", "a", "--data", str(data), "--eval-rows", "2")
     assert all(torch.equal(policy_weights, weights(tmp_path / "a")) for policy_weights, _ in seen)
     assert [len(rows) for _, rows in seen[1:]] == [3, 2]
-    assert all(row["messages"] == ROW["messages"] for row in seen[1][1])
+    assert all(row["messages"] == ROW["messages"] for _, rows in seen[1:] for row in rows)
     assert not any(row["messages"] == ROW["messages"] for row in seen[0][1])
     (tmp_path / "a/checkpoint/tokenizer.json").unlink()
     for args in (["--name", "a"], ["--model", str(tmp_path / "a")]):
