@@ -11,6 +11,7 @@ from conftest import CALL, ROW, ScriptedModel, adder, opened_template, qwen3, ro
 
 import rest
 from rest import TAG, TEXT, THOUGHT
+from toy_tools import chat
 from toy_tools.tasks import completion_text
 
 ANSWER = "<think>done</think><response>3</response>"
@@ -64,6 +65,12 @@ def test_sampling_follows_the_distribution_at_the_temperature(tokenizer):
     assert torch.allclose(out.entropy, -(p * p.log()).sum(), atol=1e-6)
 
 
+def live(tokenizer, texts, **options):
+    """Two live episodes on ROW, each of which writes `texts`, one a turn."""
+    model = scripted_turns(tokenizer, [texts] * 2)
+    return roll(model, tokenizer, [ROW], config(**options), toolbox_for=adder)
+
+
 def test_a_uniform_of_zero_picks_no_impossible_word():
     """The first word of positive probability, not the first word."""
     ids, logp, _ = rest.sample(torch.tensor([[-math.inf, 0.0, 0.0]]), torch.zeros(1), 1.0)
@@ -72,7 +79,7 @@ def test_a_uniform_of_zero_picks_no_impossible_word():
 
 def test_live_episodes_execute_calls_and_feed_results_as_forced_tokens(tokenizer):
     """Pitfalls 2 and 3: the tool's tokens are in the episode and not in the mask; what was sampled stands there verbatim."""
-    out = roll(scripted_turns(tokenizer, [[CALL, ANSWER]] * 2), tokenizer, [ROW], config(max_turns=3, max_completion_tokens=300), toolbox_for=adder)
+    out = live(tokenizer, [CALL, ANSWER], max_turns=3, max_completion_tokens=300)
     assert out.texts == [[CALL, ANSWER]] * 2 and not out.truncated.any()
     n, ids = int(out.length[0]), out.tokens[0].tolist()
     assert tokenizer.decode(ids[:n]) == CALL + "<|im_end|>\n<|im_start|>tool\n3<|im_end|>\n<|im_start|>assistant\n" + ANSWER + "<|im_end|>"
@@ -89,8 +96,9 @@ def test_live_episodes_execute_calls_and_feed_results_as_forced_tokens(tokenizer
 
 def test_a_budget_that_ends_within_a_tools_answer_leaves_no_empty_turn(tokenizer):
     n = len(tokenizer(CALL, add_special_tokens=False)["input_ids"]) + 1
-    out = roll(scripted_turns(tokenizer, [[CALL, ANSWER]] * 2), tokenizer, [ROW], config(max_turns=3, max_completion_tokens=n + 5), toolbox_for=adder)
-    assert out.truncated.all() and out.texts == [[CALL]] * 2 and out.turns == [[(0, n)]] * 2 and int(out.sampled[0].sum()) == n
+    out = live(tokenizer, [CALL, ANSWER], max_turns=3, max_completion_tokens=n + 5)
+    assert out.truncated.all() and int(out.sampled[0].sum()) == n
+    assert out.texts == [[CALL]] * 2 and out.turns == [[(0, n)]] * 2
 
 
 def schema(name):
@@ -141,8 +149,7 @@ def test_a_turn_that_is_cut_after_a_tools_answer_is_scored_as_it_stands(tokenize
     """The budget ends three tokens into the second turn: that turn has its columns, its text and
     its regions, and its last token, which is no end of turn, is a thought."""
     def play(budget):
-        return roll(scripted_turns(tokenizer, [[CALL, ANSWER]] * 2), tokenizer, [ROW],
-                            config(max_turns=3, max_completion_tokens=budget), toolbox_for=adder)
+        return live(tokenizer, [CALL, ANSWER], max_turns=3, max_completion_tokens=budget)
     first, second = play(300).turns[0]
     n = second[0] + 3
     out = play(n)
@@ -170,13 +177,38 @@ def test_the_tool_limit_is_the_configured_one(tokenizer):
         assert word in tokenizer.decode(out.tokens[0])
 
 
+def test_a_rollout_leaves_the_model_as_it_was(tokenizer):
+    """In its mode, training or not, also where its parts differ in that; and without gradients."""
+    model = qwen3()
+    for training in (True, False):
+        model.train(training)
+        model.model.layers[0].train(not training)
+        modes = [module.training for module in model.modules()]
+        out = roll(model, tokenizer, [ROW], config(max_completion_tokens=4))
+        assert [module.training for module in model.modules()] == modes
+        assert not out.logp.requires_grad
+
+
+def test_all_end_ids_end_a_turn(tokenizer):
+    """The tokenizer's and those of the model's generation config, one or a list."""
+    model = scripted(tokenizer, ["ab<|im_start|>", "ab"])
+    end = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    for ids in (end, [tokenizer.eos_token_id, end]):
+        model.generation_config = SimpleNamespace(eos_token_id=ids)
+        talk = chat.TemplateChat(tokenizer, model=model)
+        out = rest.rollout(rest.Engine(model), talk, [ROW], config())
+        assert out.length.tolist() == [3, 3] and out.texts == [["ab"]] * 2
+        assert not out.truncated.any()
+
+
 def test_max_turns_ends_an_episode_that_never_stops_calling(tokenizer):
-    out = roll(scripted_turns(tokenizer, [[CALL, CALL]] * 2), tokenizer, [ROW], config(max_turns=2, max_completion_tokens=400), toolbox_for=adder)
+    out = live(tokenizer, [CALL, CALL], max_turns=2, max_completion_tokens=400)
     assert out.texts[0] == [CALL, CALL] and not out.truncated.any()
 
 
 def test_without_a_toolbox_calls_are_not_executed(tokenizer):
-    out = roll(scripted_turns(tokenizer, [[CALL, ANSWER]] * 2), tokenizer, [ROW], config(max_completion_tokens=300))
+    model = scripted_turns(tokenizer, [[CALL, ANSWER]] * 2)
+    out = roll(model, tokenizer, [ROW], config(max_completion_tokens=300))
     assert out.texts[0] == [CALL]
 
 
