@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import rest
-from toy_tools import chat, fast, tasks, tools
+from toy_tools import chat, fast, schema, tasks, tools
 
 # --------------------------------------------------------------------------------------------- the embedded policy
 
@@ -119,7 +119,8 @@ def tiny_policy(seed=0, steps=WARM_START_STEPS, batch=32, learning_rate=3e-3, no
     A pretrained model can copy words and see whether something is listed; a random one learns this slowest, and soonest from short texts
     that hold nothing else. So half as many steps of lessons come first, then `steps` of imperfect demonstrations. The cache key covers
     every argument but the device, the sources that make data and model, and the library versions."""
-    sources = "".join(inspect.getsource(m) for m in (tools, tasks, chat, inspect.getmodule(tiny_policy)))
+    modules = (rest, tools, schema, tasks, chat, inspect.getmodule(tiny_policy))
+    sources = "".join(map(inspect.getsource, modules))
     versions = [importlib.metadata.version(p) for p in ("torch", "transformers", "tokenizers")]
     key = repr((sources, versions, seed, steps, batch, learning_rate, noise, mask_names))
     folder = Path(os.environ.get("REST_CACHE", "~/.cache/rest")).expanduser() / hashlib.sha256(key.encode()).hexdigest()[:16]
