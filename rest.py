@@ -652,8 +652,8 @@ def evaluate(engine, chat, rows, cfg, greedy=False, samples=1, seed=0, batch_row
 # ---- appendix: reading calls from text ----
 
 # bounds: reading takes linear time on any text, and nothing recurses deeply
-MAX_CALLS = 32  # of a turn; those behind them are one error
-MAX_CHARS = 2**15  # of a call
+MAX_CALLS = 64  # of a turn; those behind them are one error
+MAX_CHARS = 2**14  # of a call
 MAX_DEPTH = 64  # of a value in a call
 
 SPACE = re.compile(r"[ \t\r\n]*")

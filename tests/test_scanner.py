@@ -66,7 +66,7 @@ CASES = [
     (ONE, "another tool", [turn(call_line("sub", a=1, b=2))], 1, 0, False, ""),
     (ONE, "the call twice", [turn(ADD, ADD)],
      1, (1 / 2 + 3) / 4, False, "a surplus call costs names only"),
-    (ONE, "33 calls", [turn(*[ADD] * 33)], 1, 0, False, "more than 32 calls in a turn: unreadable"),
+    (ONE, "65 calls", [turn(*[ADD] * 65)], 1, 0, False, "more than 64 calls in a turn: unreadable"),
     (ONE, "an empty call block", [turn()], 1, 0, False, "left: the format asks for the block only"),
     (ONE, "no thought", [turn(ADD, thought="")], 0, 1, False, ""),
     (ONE, "an empty thought", [turn(ADD, thought="<think>\n</think>")], 0, 1, False, ""),
@@ -219,7 +219,7 @@ def test_repair_makes_no_bad_escape_good(written):
 
 
 def test_bounds():
-    """32 calls are read, over any number of blocks; the rest of the turn is one error. Calls that are
+    """64 calls are read, over any number of blocks; the rest of the turn is one error. Calls that are
     too long or too deep are errors of their own."""
     many = turn(*[ADD] * rest.MAX_CALLS)
     assert rest.parse_calls(many) == [Call("add", {"a": 1, "b": 2})] * rest.MAX_CALLS

@@ -630,7 +630,7 @@ def test_eval_only_evaluates_what_it_was_asked_to(start, tmp_path, capsys, monke
     run(tmp_path, "--eval-only", "--name", "a", "--data", str(data), "--eval-rows", "2")
     assert all(torch.equal(policy_weights, weights(tmp_path / "a")) for policy_weights, _ in seen)
     assert [len(rows) for _, rows in seen[1:]] == [3, 2]
-    assert all(row["messages"] == ROW["messages"] for row in seen[1][1])
+    assert all(row["messages"] == ROW["messages"] for _, rows in seen[1:] for row in rows)
     assert not any(row["messages"] == ROW["messages"] for row in seen[0][1])
     (tmp_path / "a/checkpoint/tokenizer.json").unlink()
     for args in (["--name", "a"], ["--model", str(tmp_path / "a")]):

@@ -29,9 +29,8 @@ A sample counts by its calls, not by thought or format:
       miss_param: a parameter comes a turn later. Neither category asks for silence before:
       early calls do harm only by the state that they leave, as in the official script.
       long_context: the back ends are filled with long files, listings and records.
-    Three departures: a call of a function that no back end of the dialogue has, and arithmetic that
-    would hang the machine, are failed calls that are never evaluated; of one output no more than
-    rest.MAX_CALLS calls are read (gold has 34 in one turn, twice: that takes two steps).
+    Two departures: a call of a function that no back end of the dialogue has, and arithmetic that
+    would hang the machine, are failed calls that are never evaluated.
   * Tools go to the chat template, as in the official function-calling mode, with the official hints
     ("... in Python 3 syntax.", which functions shown later lack there too). Schemas are JSON
     schemas, without the descriptions of results; names keep their dots and are expected verbatim.

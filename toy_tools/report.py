@@ -19,7 +19,8 @@ TEMPLATE = Path(__file__).with_name("report.html")
 MAX_BYTES = 2_000_000
 PARTS = ("config.json", "metrics.jsonl", "before.json", "after.json", "time.json", "episodes.jsonl")
 COLUMNS = ("step", "exact", "format", "correct", "reward", "tokens", "H_", "w_")  # beginnings of names
-SAME_KIND = ("method", "seed", "name", "output_dir", "resume")  # may differ between runs that are averaged
+# settings in which runs of one kind, which are averaged, may differ
+SAME_KIND = ("method", "seed", "name", "output_dir", "resume", "device", "save_steps", "keep_steps")
 
 # ---- recording, while a run trains ----
 
