@@ -124,6 +124,8 @@ class Rollout:
     tool_errors: int = 0         # calls in which a tool failed
     region: torch.Tensor = None  # int64 [N, T], -1 where not sampled; see token_regions
     covers: torch.Tensor = None  # bool [N, T, 6]
+    scores: list = None          # N (format, correctness or None, exact), and
+    advantages: torch.Tensor = None  # float [N], both set by train_step
 
 @dataclass
 class Episode:
@@ -189,7 +191,8 @@ def rollout(engine, chat, rows, cfg, seed=0, group=None, greedy=False, toolbox_f
     for i, episode in enumerate(episodes):
         opening = encoded[i // G][1]
         episode.free = len(opening)
-        force(i, opening, 0)
+        if opening:
+            force(i, opening, 0)
 
     with engine.sampling():
         slots = list(range(N))                   # which episode each row of the engine's batch is
@@ -205,8 +208,10 @@ def rollout(engine, chat, rows, cfg, seed=0, group=None, greedy=False, toolbox_f
                 if token in chat.end_ids and t >= episode.free and not episode.length:
                     episode.end_turn(chat, t + 1, closed=True)
                     follow = episode.answer(chat, cfg)
-                    force(i, follow, t + 1)
-                    episode.length = 0 if follow else t + 1
+                    if follow:
+                        force(i, follow, t + 1)
+                    else:
+                        episode.length = t + 1
             done = [episodes[i].length > 0 for i in slots]
             if t == T - 1 or all(done):
                 break
@@ -347,6 +352,7 @@ def by_region(weight, batch):
     return normalise_weights(weight[batch.region.clamp(min=0)], batch.sampled)
 
 def rest_weights(batch, cfg, progress):
+    """ResT: by region entropy and curriculum."""
     return by_region(region_weights(batch, cfg, progress), batch)
 
 def no_thought(batch, cfg, progress):
@@ -587,29 +593,31 @@ def train_step(engine, chat, optimizer, rows, cfg, step, toolbox_for=None, clock
     clock("rollout")
 
     batch.region, batch.covers = token_regions(batch, chat)
-    weight = WEIGHTS[cfg.method](batch, cfg, progress)                                        # (N, T)
-    scores = score_batch(batch)
-    rewards = [episode_reward(form, correct, progress, cfg.reward_scaling) for form, correct, _ in scores]
-    rewards = torch.tensor(rewards, device=batch.tokens.device).view(-1, batch.group)         # (P, G)
-    advantages = group_advantages(rewards, cfg.method != "dr-grpo", cfg.delta)                # (P, G)
+    weight = WEIGHTS[cfg.method](batch, cfg, progress)                                  # (N, T)
+    batch.scores = score_batch(batch)
+    rewards = [episode_reward(form, correct, progress, cfg.reward_scaling) for form, correct, _ in batch.scores]
+    rewards = torch.tensor(rewards, device=batch.tokens.device).view(-1, batch.group)   # (P, G)
+    batch.advantages = group_advantages(rewards, cfg.method != "dr-grpo", cfg.delta).flatten()
     clock("reward")
 
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(cfg, step)
-    metrics = update(engine, optimizer, batch, advantages.flatten(), weight, cfg, on_policy=True)
+    metrics = update(engine, optimizer, batch, batch.advantages, weight, cfg, on_policy=True)
     clock("update")
 
-    metrics |= {"step": step, "lr": learning_rate(cfg, step), **mean_scores(scores), "tool_errors": batch.tool_errors}
+    metrics |= {"step": step, "lr": learning_rate(cfg, step), **mean_scores(batch.scores)}
     metrics["correct"] = metrics["correct"] or 0.0
-    return metrics | step_metrics(batch, rewards, advantages, weight), batch, weight
+    metrics["tool_errors"] = batch.tool_errors
+    return metrics | batch_metrics(batch, rewards, weight), batch, weight
 
-def step_metrics(batch, rewards, advantages, weight):
+def batch_metrics(batch, rewards, weight):
     """Means over the batch, fetched from the device at once; H_ in nats and w_ by the paper's regions."""
-    values = {"reward": rewards.mean(), "zero_groups": advantages.eq(0).all(1).float().mean(),
+    silent = batch.advantages.view(rewards.shape).eq(0).all(1)
+    values = {"reward": rewards.mean(), "zero_groups": silent.float().mean(),
               "truncated": batch.truncated.float().mean(), "tokens": batch.sampled.sum() / len(batch.sampled)}
     entropy = region_entropy(batch)
     for name, members in PAPER_REGIONS.items():
-        inside = torch.isin(batch.region, torch.tensor(members, device=batch.region.device))
+        inside = sum(batch.region == r for r in members)
         values["H_" + name] = entropy[members[0]]
         values["w_" + name] = (weight * inside).sum() / inside.sum().clamp(min=1)
     return dict(zip(values, torch.stack([value.float() for value in values.values()]).tolist()))

@@ -11,7 +11,7 @@ import os
 import random
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -22,7 +22,7 @@ from transformers import set_seed
 from transformers.utils import logging as hf_logging
 
 import rest
-from toy_tools import benchmarks, fast, policy, runs, show, tasks
+from toy_tools import benchmarks, explain, fast, policy, report, runs, show, tasks
 from toy_tools.chat import TemplateChat
 from toy_tools.data import load_rows
 from toy_tools.options import FREE, check, flag, read_options, supervised
@@ -116,7 +116,7 @@ def load_policy(run, cfg, device, path=""):
     # the embedded policy learns the format from its demonstrations, a real model is told
     instructions = "" if tokenizer.chat_template == policy.CHAT_TEMPLATE else INSTRUCTIONS
     default = cfg.learning_rate == rest.Config.learning_rate
-    if instructions and default and cfg.steps and not run.eval_only:
+    if instructions and default and cfg.steps and not (run.eval_only or run.explain):
         raise ValueError(f"--learning-rate {cfg.learning_rate} is the default of the embedded policy and "
                          "would wreck a pretrained model: set it, to about 1e-6")
     model.to(device)
@@ -343,6 +343,7 @@ def loop(folder, learner, rows, run, cfg, first, metrics, clock, interrupt):
     """Steps first to cfg.steps, each logged, some saved. Returns (batch, weight) of the last, or None."""
     last = None
     saved = first
+    recorder = report.Recorder(folder.path)
     bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc=cfg.method, unit="step")
     with bar, interrupt.deferred():
         for step in bar:
@@ -354,7 +355,10 @@ def loop(folder, learner, rows, run, cfg, first, metrics, clock, interrupt):
             if not finite(learner.model):
                 stop_not_finite(folder, step, False)
             metrics.add(row)
-            record(bar, row)
+            progress_line(bar, row)
+            recorder.record(step, batch, cfg, learner.chat)
+            if run.show_every and (step + 1) % run.show_every == 0:
+                tqdm.write(f"\nstep {step}: {episode_of(learner, batch, weight)}\n")
             last = batch, weight
             folder.worth = True
             done = step + 1
@@ -364,6 +368,7 @@ def loop(folder, learner, rows, run, cfg, first, metrics, clock, interrupt):
                 save(folder, learner, done, run)
                 saved = done
             if interrupt.requested:
+                write_report(folder)
                 fail(f"interrupted after {done} steps; saved. Continue with the same options and "
                      f"--resume --name {folder.path.name}")
     return last
@@ -395,7 +400,7 @@ def stop_not_finite(folder, step, newest_too):
          "with a lower --learning-rate")
 
 
-def record(bar, row):
+def progress_line(bar, row):
     """What is seen of a step while the run goes on."""
     short = {"format": "fmt", "name": "name", "params": "par", "thought": "tht"}
     entropies = " ".join(f"{label} {row['H_' + name]:.2f}" for name, label in short.items())
@@ -415,10 +420,14 @@ def evaluate_end(folder, learner, test, run, cfg, before, trained):
     print(f"\nHeld-out rows, {run.eval_samples} samples each at temperature {cfg.temperature}:\n{table}")
 
 
+def episode_of(learner, batch, weight):
+    """An episode of the batch with most regions, coloured on a terminal."""
+    i = max(range(len(batch.texts)), key=lambda i: len(set(batch.region[i].tolist())))
+    return show.episode(learner.chat, batch, i, weight, sys.stdout.isatty())
+
+
 def show_step(learner, batch, weight):
-    best = max(range(len(batch.texts)), key=lambda i: len(set(batch.region[i].tolist())))
-    text = show.episode(learner.chat, batch, best, weight, sys.stdout.isatty())
-    print(f"\nAn episode of the last step, by region, with token weights:\n{text}")
+    print("\nAn episode of the last step, by region, with token weights:\n" + episode_of(learner, batch, weight))
 
 
 def show_time(folder, clock, start, total, began):
@@ -440,7 +449,26 @@ def finish(folder, metrics):
             show.curve([folder / "metrics.csv"], folder / "curve.png")
     except ImportError as missing:
         print(f"No curve.png: {missing}")
-    print(f"Policy, metrics.csv and config.json are in {folder}/ (load the policy with --model {folder}).")
+    write_report(folder)
+    print(f"Look at {folder}/report.html. Policy, metrics.csv and config.json are beside it "
+          f"(load the policy with --model {folder}).")
+
+
+def write_report(folder):
+    """The page; what it lacks, it says. A run is worth more than its page."""
+    try:
+        report.write([folder.path], folder / "report.html")
+    except (ValueError, OSError) as error:
+        warn([f"no report.html: {error}"])
+
+
+def explain_sample(run, cfg, device):
+    """One sample through the whole pipeline, in the terminal."""
+    rows, _ = load_data(replace(run, eval_rows=0), replace(cfg, prompts=1))
+    learner = load_policy(run, cfg, device)
+    row = rows[cfg.seed % len(rows)]
+    check_prompts("training", run.data, [row], learner, cfg)
+    print(explain.explain(learner.engine, learner.chat, row, cfg, sys.stdout.isatty()))
 
 
 # ---------------------------------------------------------------------------------- evaluation alone
@@ -508,7 +536,9 @@ def main(argv=None):
             run, cfg, given = read_options(argv)
             device = pick_device(run.device)
             check(run, cfg, given, device)
-            if run.eval_only:
+            if run.explain:
+                explain_sample(run, cfg, device)
+            elif run.eval_only:
                 evaluate_only(run, cfg, device)
             else:
                 train(run, cfg, device, interrupt)

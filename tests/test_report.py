@@ -97,11 +97,12 @@ def config(**changes):
 
 def record(recorder, step, batch, cfg, chat):
     """Score the batch as a training step does, and record it; returns the advantages [P, G]."""
-    scores = rest.score_batch(batch)
+    batch.scores = rest.score_batch(batch)
     progress = step / cfg.steps
-    rewards = [rest.episode_reward(*score[:2], progress, cfg.reward_scaling) for score in scores]
+    rewards = [rest.episode_reward(*score[:2], progress, cfg.reward_scaling) for score in batch.scores]
     advantages = rest.group_advantages(torch.tensor(rewards).view(-1, batch.group))
-    recorder.record(step, batch, advantages, scores, cfg, chat)
+    batch.advantages = advantages.flatten()
+    recorder.record(step, batch, cfg, chat)
     return advantages
 
 
@@ -307,7 +308,8 @@ def test_a_page_of_the_default_run_s_size_is_under_two_megabytes(tmp_path):
     recorder = report.Recorder(tmp_path)
     for step in (*range(0, 100, 10), 99):
         batch = fake_batch(chat, episodes, [ROWS[0], ROWS[2]], seed=step)
-        recorder.record(step, batch, torch.arange(16.0), [(1.0, 1.0, True)] * 16, cfg, chat)
+        batch.advantages, batch.scores = torch.arange(16.0), [(1.0, 1.0, True)] * 16
+        recorder.record(step, batch, cfg, chat)
     page = report.write([tmp_path], tmp_path / "page.html")
     assert page.stat().st_size < 2_000_000
     assert len(embedded(page)["runs"][0]["episodes"]) == 11

@@ -39,19 +39,19 @@ class Recorder:
         self.prompts = prompts
         self.trimmed = False
 
-    def record(self, step, batch, advantages, scores, cfg, chat):
+    def record(self, step, batch, cfg, chat):
         """Record step `step`, if it is one of those to keep.
 
-        batch: rest.Rollout with region and covers; advantages float [N] or [P, G]; scores: what
-        rest.score_batch gives for it; chat: rest.Chat. Prompts whose completions differ in reward come first:
-        the others teach nothing. Weights are those every method gives in the whole batch; H is in nats."""
+        batch: rest.Rollout as rest.train_step returns it; chat: rest.Chat. Prompts whose completions differ in
+        reward come first: the others teach nothing. Weights are those every method gives in the whole batch;
+        H is in nats."""
         if step % self.every and step != cfg.steps - 1:
             return
         if not self.trimmed:
             _trim(self.file, step)
             self.trimmed = True
         progress = step / cfg.steps
-        advantages = advantages.reshape(-1, batch.group)                    # (P, G)
+        advantages = batch.advantages.view(-1, batch.group)                 # (P, G)
         weights = {}
         for name, method in rest.WEIGHTS.items():
             weights[name] = method(batch, dataclasses.replace(cfg, method=name), progress)  # (N, T)
@@ -63,7 +63,7 @@ class Recorder:
             group["completions"] = []
             for g, advantage in enumerate(advantages[p].tolist()):
                 i = p * batch.group + g
-                form, correct, exact = scores[i]
+                form, correct, exact = batch.scores[i]
                 reward = rest.episode_reward(form, correct, progress, cfg.reward_scaling)
                 group["completions"].append({
                     **_completion(batch, i, weights, chat),
