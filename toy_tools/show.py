@@ -128,7 +128,8 @@ def curve(files, out):
 
 # Settings in which compared runs may differ: they change neither what is drawn nor what is measured,
 FREE = {"name", "output_dir", "resume", "save_steps", "keep_steps", "device", "shared_prefix", "cuda_graph",
-        "compile_decode", "gradient_checkpointing", "micro_batch", "micro_batch_tokens", "eval_batch"}
+        "compile_decode", "gradient_checkpointing", "micro_batch", "micro_batch_tokens", "eval_batch",
+        "show_every"}
 # runs of different methods, also what is part of a method,
 OF_A_METHOD = {"raw_weight", "min_entropy", "alpha_format", "alpha_params", "alpha_thought", "weight_min",
                "weight_max", "top_entropy_fraction"}
