@@ -565,6 +565,27 @@ def test_every_method_takes_a_live_and_a_single_step(dialogue, tmp_path, monkeyp
         assert max(map(len, batch.turns)) == 3
 
 
+def test_a_method_of_ones_own_is_called_by_its_name(start, tmp_path, monkeypatch):
+    """Registered from outside, nothing in rest.py touched: --method finds it, its weights are those
+    that are trained with, at the progress of each step, and config.json keeps its name."""
+    asked, used, update = [], [], rest.update
+
+    def tags_only(batch, cfg, progress):
+        asked.append((cfg.method, progress))
+        return rest.normalise_weights((batch.region == rest.TAG).float(), batch.sampled)
+
+    def watch(engine, optimizer, batch, advantages, weight, *args, **kwargs):
+        used.append((weight != 0) == (batch.region == rest.TAG))
+        return update(engine, optimizer, batch, advantages, weight, *args, **kwargs)
+    monkeypatch.setitem(rest.WEIGHTS, "mine", tags_only)
+    monkeypatch.setattr(rest, "update", watch)
+    run(tmp_path, "--method", "mine", "--steps", "2")
+    assert list(dict.fromkeys(asked)) == [("mine", 0.0), ("mine", 0.5)] and all(same.all() for same in used)
+    assert learnt(tmp_path / "mine-seed0", start)
+    options = json.loads((tmp_path / "mine-seed0/config.json").read_text())
+    assert options["config"]["method"] == "mine"
+
+
 # ---------------------------------------------------------------------- nothing lost
 
 def test_sigterm_does_what_ctrl_c_does(start, tmp_path, monkeypatch):
