@@ -29,7 +29,9 @@ START = Path(__file__).parent / "start"  # the warm-started policy of seed 0, wh
 TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<response>", "</response>"]
 CHAT_TEMPLATE = (  # tools as signatures, name(param: type, ...): description, a third of the tokens that JSON schemas take
     "{% if tools %}{% for tool in tools %}{% set f = tool.function %}{{ f.name }}("
-    "{% for name, p in f.parameters.properties.items() %}{{ name }}: {{ p.type }}{% if p.enum %} {{ p.enum | join('|') }}{% endif %}"
+    "{% for name, p in ((f.parameters or {}).properties or {}).items() %}{{ name }}"
+    "{% if p.type %}: {{ p.type if p.type is string else p.type | join('|') }}{% endif %}"
+    "{% if p.enum %} {{ p.enum | join('|') }}{% endif %}"
     "{% if not loop.last %}, {% endif %}{% endfor %}): {{ f.description }}\n{% endfor %}{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -100,7 +102,7 @@ def noisy_demonstration(row, rng, noise):
 def copying(tokenizer, rng):
     """(ids, mask) of a lesson: one request and its call, without tools, chat format or thought."""
     call, user = tasks.request(tasks.Draw(rng, "train"), rng.choice(list(tools.TOOLS)))
-    prompt, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (user + "\n", json.dumps(call)))
+    prompt, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (user + "\n", json.dumps(call, ensure_ascii=False)))
     return prompt + answer + [tokenizer.eos_token_id], [False] * len(prompt) + [True] * (len(answer) + 1)
 
 
