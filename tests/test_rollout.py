@@ -283,3 +283,26 @@ def test_greedy_takes_the_most_likely_token(tokenizer):
         ids = ids + [best]
 
 
+
+
+def test_every_row_has_its_own_opening(tokenizer):
+    """A template that opens the thought only where tools are offered: the first row's is not the second's."""
+    opened = copy.deepcopy(tokenizer)
+    opened.chat_template = tokenizer.chat_template.replace(
+        "assistant\n{% endif %}", "assistant\n{% if tools %}<think>{% endif %}{% endif %}")
+    rows = [{**ROW, "tools": []}, ROW]
+    out = roll(scripted(tokenizer, ["abc"] * 4), opened, rows, config(max_completion_tokens=5))
+    assert out.sampled[:, 0].tolist() == [True, True, False, False]
+    assert [texts[0] for texts in out.texts] == ["abc"] * 2 + ["<think>bc"] * 2
+
+
+def test_an_end_token_that_is_forced_ends_no_turn(tokenizer):
+    """Neither in a tool's answer nor in an opening of the next turn."""
+    class Opened(rest.Chat):
+        def reply(self, row, results, last):
+            return super().reply(row, results, last)[0], [tokenizer.eos_token_id]
+    engine = rest.Engine(scripted_turns(tokenizer, [[CALL, "b"]] * 2))
+    out = rest.rollout(engine, Opened(tokenizer), [ROW], config(max_turns=2, max_completion_tokens=200), toolbox_for=adder)
+    assert out.texts[0][0] == CALL and len(out.texts[0]) == 2
+    start, end = out.turns[0][1]
+    assert end - start > 1 and not out.sampled[0, start] and bool(out.sampled[0, start + 1:end].all())

@@ -21,6 +21,11 @@ COLOURS = {rest.TAG: "90", rest.SCAFFOLD: "37", rest.NAME: "1;33", rest.PARAMS: 
 
 # ---- an episode ----
 
+def paint(text, region):
+    """The text in its region's colour, for a terminal."""
+    return f"\033[{COLOURS[region]}m{text}\033[0m"
+
+
 def episode(chat, batch, i, weight, colour=True):
     """Episode i of a Rollout as text: sampled tokens coloured by region, forced ones plain, the weight
     behind each run of equal weight; then per region its tokens, mean entropy (nats) and weight.
@@ -40,8 +45,7 @@ def episode(chat, batch, i, weight, colour=True):
         if regions[start] < 0:
             out.append(text)
         elif colour:
-            paint = COLOURS[regions[start]]
-            out.append(f"\033[{paint}m{text}\033[0m\033[2m·{weights[start]:.2f}\033[0m")
+            out.append(f"{paint(text, regions[start])}\033[2m·{weights[start]:.2f}\033[0m")
         else:
             out.append(f"[{rest.REGIONS[regions[start]]} {weights[start]:.2f}|{text}]")
         start = end
@@ -56,7 +60,7 @@ def region_lines(batch, i, weight, colour):
             continue
         label = f"{name:8}"
         if colour:
-            label = f"\033[{COLOURS[members[-1]]}m{label}\033[0m"
+            label = paint(label, members[-1])
         entropy = float(batch.entropy[i][inside].mean())
         mean = float(weight[i][inside].mean())
         count = int(inside.sum())
