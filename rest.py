@@ -191,7 +191,8 @@ def rollout(engine, chat, rows, cfg, seed=0, group=None, greedy=False, toolbox_f
     for i, episode in enumerate(episodes):
         opening = encoded[i // G][1]
         episode.free = len(opening)
-        force(i, opening, 0)
+        if opening:
+            force(i, opening, 0)
 
     with engine.sampling():
         slots = list(range(N))                   # which episode each row of the engine's batch is
@@ -207,8 +208,10 @@ def rollout(engine, chat, rows, cfg, seed=0, group=None, greedy=False, toolbox_f
                 if token in chat.end_ids and t >= episode.free and not episode.length:
                     episode.end_turn(chat, t + 1, closed=True)
                     follow = episode.answer(chat, cfg)
-                    force(i, follow, t + 1)
-                    episode.length = 0 if follow else t + 1
+                    if follow:
+                        force(i, follow, t + 1)
+                    else:
+                        episode.length = t + 1
             done = [episodes[i].length > 0 for i in slots]
             if t == T - 1 or all(done):
                 break

@@ -45,6 +45,18 @@ def test_documented_row_becomes_one_sample_per_turn(tmp_path):
         assert rest.score_texts([demo], row)[2]
 
 
+def test_history_shows_demonstrations_whole(tmp_path):
+    """What a demonstration says beside its calls stands in the history of the next step; without a
+    demonstration no empty thought is made up."""
+    row = {**ROW, "gold": [*ROW["gold"], []], "observations": [["3"]]}
+    said = [{"think": "sum", "response": "One moment."}, {"think": "done", "response": "3"}]
+    for demo, kinds in ((said, ["think", "tool_call", "response"]), (None, ["tool_call"])):
+        step = load_rows(write(tmp_path / "a.jsonl", {**row, "demo": demo}))[1]
+        text = step["messages"][1]["content"]
+        assert [block.kind for block in rest.split_blocks(text)] == kinds
+        assert ("One moment." in text) == ("sum" in text) == bool(demo)
+
+
 def test_decomposition_sees_exactly_the_history(tmp_path):
     """Random dialogues of K turns give K samples; sample k's messages are sample k-1's, its gold turn, its results."""
     rng = random.Random(0)
@@ -125,6 +137,7 @@ def test_folder_through_datasets(tmp_path, monkeypatch):
     ({**ROW, "category": 3}, "category must be a text"), ({**ROW, "target": ["x"]}, "target must be a text"),
     ({**ROW, "gold": ROW["gold"] * 2, "observations": [["3"]], "target": "x"}, "use demo"),
     ({**ROW, "blocks": [["think", "response"]]}, "have no tool_call"), ({**ROW, "blocks": [["thnk"]]}, "a list of think"),
+    ({**ROW, "gold": [[{"name": "add", "arguments": {"a": 1, "b": 2}, "parameters": {}}]]}, "name and an object of arguments"),
     ({**ROW, "blocks": [["think", "tool_call"], []]}, "blocks has 2 turns"), ({**ROW, "gold": "[[}"}, "gold: a text here must be JSON"),
     ({**ROW, "blocks": [[]]}, "a list of think"), ({**ROW, "blocks": [3]}, "a list of think"), ({**ROW, "demo": 3}, "structure"), (3, "not a JSON object")])
 def test_malformed_rows_are_named(tmp_path, capsys, bad, reason):
@@ -278,6 +291,8 @@ FIRST, SECOND = {"role": "tool", "content": "3", "tool_call_id": "c1"}, {"role":
     ([USER, TURN, DONE], "call of 'add' has no answer"), ([USER, TURN, FIRST, SECOND, FIRST], "message 5"),
     ([USER, TURN, {**FIRST, "name": "now"}, SECOND], "which is not open"), ([USER, FIRST], "are none"),
     ([USER, {"role": "tool", "content": "3", "name": "add"}], "are none"), ([USER, TURN], "last message"),
+    ([USER, TURN, FIRST, SECOND, DONE, FIRST], "message 6 (tool) answers 'c1', which is not open: the calls before it are none"),
+    ([USER, {"role": "assistant", "tool_calls": [{"function": {"name": "now", "arguments": "{}", "output": "8"}}]}, SECOND], "'output'"),
     ([USER, {"role": "system", "content": "x"}], "last message"), ([3], "message 1 must be"),
     ([{"role": "user", "content": None}], "a text, or parts of type text"), ([{"role": "user"}], "a text, or parts"),
     ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], "'image_url', which is not understood"),

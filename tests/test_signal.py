@@ -4,15 +4,16 @@ import csv
 import itertools
 import json
 import math
+from dataclasses import asdict, replace
 
 import pytest
 import torch
+from conftest import CALL, ROW, by_text, qwen3, write_rows
+from test_theory import Policy
 from torch.testing import assert_close as close
 
 import rest
-from toy_tools import signal
-
-from test_theory import Policy
+from toy_tools import fast, signal
 
 
 @pytest.fixture
@@ -219,3 +220,312 @@ def test_cross_fitting_finds_a_real_gain():
     best = signal.best_weights(TRUE_M, TRUE_S)
     possible = signal.efficiency(best, TRUE_M, TRUE_S, ONES) / signal.efficiency(ONES, TRUE_M, TRUE_S, ONES)
     assert 1.0 < found < 1.1 * possible and possible > 1.2
+
+
+def test_intervals_hold_the_truth():
+    """95% bootstrap intervals of M_1 and of the gain of fixed weights hold the true values in at least 85% of 60 measurements (they are
+    meant to be right or too wide; at a true 95% fewer than 51 have odds below 1 in 1,000); without signal there is no interval."""
+    weights = torch.tensor([2.0, 0.3, 0.3], dtype=torch.float64)
+    truth = signal.efficiency(weights, TRUE_M, TRUE_S, ONES) / signal.efficiency(ONES, TRUE_M, TRUE_S, ONES)
+    held = torch.zeros(2)
+    for seed in range(60):
+        M, S = signal.moments(gram_of(gaussians(32, MEAN, SPREAD, seed)), signal.bootstrap_counts(32, 200, seed))
+        gain = signal.efficiency(weights, M, S, ONES) / signal.efficiency(ONES, M, S, ONES)
+        for k, (draws, true) in enumerate(((M.sum((1, 2)), TRUE_M.sum()), (gain, truth))):
+            low, high = signal.interval(draws)
+            held[k] += low <= true <= high
+    assert (held >= 51).all(), held
+    draws = torch.arange(100.0)
+    assert signal.interval(draws)[0] == pytest.approx(2.475)
+    draws[:3] = math.nan
+    assert math.isnan(signal.interval(draws)[0])
+
+
+# ------------------------------------------------------------------------------------------------ gradients of mini-batches
+
+TEXTS = [CALL, CALL.replace("sum", "a longer thought"), "<response>no</response>", CALL.replace('"b": 2', '"b": 3') + "!"]
+
+
+def written(engine, talk, texts=TEXTS, group=2):
+    """A Rollout in which ROW's policy wrote `texts`, with the log-probabilities it gives them, and advantages of +1 and -1 in turn."""
+    ids = [talk.encode(text) + [talk.tokenizer.eos_token_id] for text in texts]
+    N, T = len(ids), max(map(len, ids))
+    length = torch.tensor([len(row) for row in ids])
+    tokens = torch.tensor([row + [0] * (T - len(row)) for row in ids])
+    sampled = torch.arange(T) < length[:, None]
+    rows = [ROW] * (N // group)
+    batch = rest.Rollout(rows, [talk.prompt(row)[0] for row in rows], group, tokens, sampled, torch.zeros(N, T), torch.zeros(N, T), length,
+                         torch.zeros(N, dtype=torch.bool), [[(0, len(row))] for row in ids], [[text] for text in texts], [0] * N)
+    with torch.no_grad():
+        batch.logp = torch.where(sampled, rest.Engine(engine.model).logps(batch, list(range(N)), 1.0), 0.0)
+    batch.entropy = torch.where(sampled, torch.rand(N, T, generator=torch.Generator().manual_seed(0)), 0.0)
+    batch.region, batch.covers = rest.token_regions(batch, talk)
+    return batch, torch.tensor([1.0, -1.0] * (N // 2))
+
+
+@pytest.mark.parametrize("aggregation", ["sequence", "constant", "token"])
+def test_region_gradients_add_up_to_the_whole_gradient(tokenizer, aggregation):
+    """The five regions' gradients add up to the unweighted one, which is the gradient that training without weights takes; each is the sum
+    over its own tokens; nothing depends on the size of micro-batches or on sharing prompts."""
+    engine, talk = rest.Engine(qwen3()), rest.Chat(tokenizer)
+    batch, advantages = written(engine, talk)
+    cfg = rest.Config(method="grpo", group=2, prompts=2, aggregation=aggregation)
+    found = signal.gradients(engine, batch, advantages, signal.columns(batch, cfg, 0.5, ()), cfg)[:, 0]
+    whole = signal.gradients(engine, batch, advantages, [signal.unweighted(batch, cfg)], cfg)[0, 0]
+    assert all(float(g.norm()) > 0 for g in found)
+    close(found.sum(0), whole, rtol=1e-4, atol=1e-6)
+
+    optimizer = torch.optim.SGD(engine.model.parameters(), lr=1.0)
+    before = torch.cat([p.detach().flatten() for p in engine.model.parameters()])
+    weight = rest.WEIGHTS["grpo"](batch, cfg, 0.5)
+    rest.update(engine, optimizer, batch, advantages, weight, replace(cfg, max_grad_norm=1e9))
+    after = torch.cat([p.detach().flatten() for p in engine.model.parameters()])
+    close(before - after, whole, rtol=1e-3, atol=1e-5)
+
+    model = qwen3()
+    parts = batch.sampled.sum(1) if aggregation == "sequence" else torch.full((4,), float(cfg.max_completion_tokens))
+    scale = 1 / batch.sampled.sum().expand(4) if aggregation == "token" else 1 / (4 * parts)
+    for r, members in enumerate(rest.PAPER_REGIONS.values()):
+        loss = 0.0
+        for i in range(4):
+            T = int(batch.length[i])
+            prompt = batch.prompts[i // 2]
+            ids = torch.tensor([prompt + batch.tokens[i, :T].tolist()])
+            logp = model(ids).logits[0, len(prompt) - 1:-1].log_softmax(-1)
+            for t in range(T):
+                if int(batch.region[i, t]) in members:
+                    loss = loss - scale[i] * advantages[i] * logp[t, ids[0, len(prompt) + t]]
+        expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+        close(found[r], expected, rtol=1e-3, atol=1e-5)
+
+    shared = fast.engine(qwen3())
+    assert isinstance(shared, fast.SharedEngine)
+    for other, budget in ((rest.Engine(qwen3()), 1), (shared, 4096), (shared, 1)):
+        small = replace(cfg, micro_batch_tokens=budget)
+        again = signal.gradients(other, batch, advantages, signal.columns(batch, small, 0.5, ()), small)[:, 0]
+        close(again, found, rtol=1e-3, atol=1e-5)
+
+
+def test_methods_get_the_gradient_that_training_with_them_takes(tokenizer):
+    """A method's column is minus the step of rest.update with its weights; the columns stand in the order of the names."""
+    talk, cfg = rest.Chat(tokenizer), rest.Config(group=2, prompts=2)
+    methods = ("rest", "top-entropy", "shuffled")
+    batch, advantages = written(rest.Engine(qwen3()), talk)
+    engine = rest.Engine(qwen3())
+    found = signal.gradients(engine, batch, advantages, signal.columns(batch, cfg, 0.5, methods), cfg)[5:, 0]
+    for g, method in zip(found, methods):
+        model = qwen3()
+        before = torch.cat([p.detach().flatten() for p in model.parameters()])
+        weight = rest.WEIGHTS[method](batch, cfg, 0.5)
+        rest.update(rest.Engine(model), torch.optim.SGD(model.parameters(), lr=1.0), batch, advantages, weight, replace(cfg, max_grad_norm=1e9))
+        close(before - torch.cat([p.detach().flatten() for p in model.parameters()]), g, rtol=1e-3, atol=1e-5)
+    assert float((found[0] - found[1]).norm()) > 1e-3 and float((found[0] - found[2]).norm()) > 1e-3
+
+
+def test_groups_without_an_advantage_have_no_gradient(tokenizer):
+    """All advantages 0: zeros of the right shape, kept or sketched, and no forward."""
+    engine, cfg = rest.Engine(qwen3()), rest.Config(group=2, prompts=2)
+    batch, advantages = written(engine, rest.Chat(tokenizer))
+    engine.logps = None
+    size = sum(p.numel() for p in engine.model.parameters())
+    found = signal.gradients(engine, batch, 0 * advantages, signal.columns(batch, cfg, 0.0, ()), cfg)
+    assert found.shape == (5, 1, size) and not found.any()
+    project = signal.Sketch(size, 64)
+    found = signal.gradients(engine, batch, 0 * advantages, signal.columns(batch, cfg, 0.0, ()), cfg, lambda g: torch.stack([project(g)] * 3))
+    assert found.shape == (5, 3, 64) and not found.any()
+
+
+def test_sketches_are_linear_and_unbiased():
+    """Over 400 sketches of 64 coordinates the mean inner product of two vectors is the true one within 4 standard errors, and their spread
+    is that of a count sketch; a sketch as wide as the vector is exact; inputs stay as they were."""
+    draw = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 1000, generator=draw)
+    y = y + 0.5 * x
+    before = x.clone()
+    found = []
+    for seed in range(400):
+        project = signal.Sketch(1000, 64, seed=seed)
+        close(project(2 * x - 3 * y), 2 * project(x) - 3 * project(y), rtol=1e-4, atol=1e-3)
+        found.append(float(project(x) @ project(y)))
+    found = torch.tensor(found)
+    assert abs(float(found.mean() - x @ y)) < 4 * float(found.std()) / 20
+    expected = float(((x @ x) * (y @ y) + (x @ y) ** 2) / 64) ** 0.5
+    assert 0.8 * expected < float(found.std()) < 1.2 * expected
+    wide = signal.Sketch(1000, 1000, seed=3)
+    close(wide(x) @ wide(y), x @ y, rtol=1e-4, atol=1e-3)
+    assert torch.equal(x, before)
+
+
+def test_grams_scale_whole_gradients_and_take_sketches_as_they_are():
+    """K in every coordinates against plain loops, over more coordinates than one chunk holds."""
+    g = torch.randn(3, 2, 1, 70000, generator=torch.Generator().manual_seed(0))
+    scales = [torch.ones(70000), torch.linspace(0.5, 2, 70000), torch.linspace(0.1, 3, 70000)]
+    found = signal.grams(list(g), scales)
+    assert list(found) == list(signal.COORDINATES)
+    for K, scale in zip(found.values(), scales):
+        for i, r, j, s in itertools.product(range(3), range(2), range(3), range(2)):
+            close(K[i, r, j, s], (g[i, r, 0].double() * scale * g[j, s, 0].double() * scale).sum(), rtol=1e-6, atol=1e-3)
+    copies = torch.stack([g[:, :, 0] * scale for scale in scales], 2)  # (n, C, 3, m)
+    for name, K in signal.grams(list(copies), scales).items():
+        close(K, found[name], rtol=1e-5, atol=1e-2)
+
+
+def test_second_moment_is_adamws_own():
+    """After k steps of AdamW, v as one more step leaves it; before the first step the square itself; of another policy: a sentence."""
+    parameters = [torch.nn.Parameter(torch.randn(3, 2)), torch.nn.Parameter(torch.randn(4))]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.95))
+    for k in range(4):
+        square = torch.rand(10)
+        v, eps = signal.second_moment(optimizer.state_dict(), square)
+        if k == 0:
+            close(v, square)
+        parameters[0].grad, parameters[1].grad = square[:6].sqrt().view(3, 2), square[6:].sqrt()
+        optimizer.step()
+        states = [optimizer.state[p] for p in parameters]
+        close(v, torch.cat([s["exp_avg_sq"].flatten() for s in states]) / (1 - 0.95 ** (k + 1)), rtol=1e-4, atol=1e-7)
+        assert eps == 1e-8
+    with pytest.raises(ValueError, match="not of this policy"):
+        signal.second_moment(optimizer.state_dict(), torch.rand(11))
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+def make_run(folder, tokenizer, seed=0, steps=(0, 3), **options):
+    """A run of a random policy that kept `steps` and ended at step 4, with AdamW's state from 1 on."""
+    cfg = rest.Config(steps=4, prompts=2, group=2, max_completion_tokens=12, seed=seed)
+    model = qwen3(seed=seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in (*steps, 4):
+        if step:
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+        path = folder / ("checkpoint" if step == 4 else f"kept/step{step}")
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        torch.save({"optimizer": optimizer.state_dict(), "step": step}, path / "trainer.pt")
+    rows = [ROW | {"messages": [{"role": "user", "content": f"{k}+2?"}]} for k in range(6)]
+    run = {"dtype": "float32", "data": str(write_rows(folder / "rows.jsonl", rows))} | options
+    (folder / "config.json").write_text(json.dumps({"config": asdict(cfg), "run": run}))
+    return folder
+
+
+SMALL = ["--batches", "8", "--device", "cpu"]
+
+
+def lines_of(path):
+    return list(csv.DictReader(open(path)))
+
+
+def test_the_command_measures_pools_and_goes_on_after_an_interruption(tokenizer, tmp_path, monkeypatch, capsys):
+    """Two runs measured: every line is there, uniform weights gain exactly 1, noise falls as 1/P; stopped in the middle of either pass the
+    same command goes on and ends with the same numbers; a third time nothing is rolled out again; nothing but the result is left."""
+    monkeypatch.setattr(rest, "score_texts", by_text)
+    drawn = signal.bootstrap_counts
+    monkeypatch.setattr(signal, "bootstrap_counts", lambda n, draws, seed: drawn(n, 40, seed))
+    runs = [make_run(tmp_path / name, tokenizer, seed) for seed, name in enumerate("ab")]
+    command = [*map(str, runs), *SMALL, "--methods", "rest", "shuffled", "--steps", "3", "4"]
+    original, calls = signal.gradients, []
+
+    def stopping(*args, **options):
+        calls.append(args)
+        if len(calls) in (4, 9, 16):
+            raise KeyboardInterrupt
+        return original(*args, **options)
+    monkeypatch.setattr(signal, "gradients", stopping)
+    for _ in range(3):
+        with pytest.raises(SystemExit, match="interrupted"):
+            signal.main([*command, "--out", str(tmp_path / "one")])
+    signal.main([*command, "--out", str(tmp_path / "one")])
+    assert len(calls) == 3 + 2 * 8 * 4
+    printed = capsys.readouterr().out
+    assert "step 3: 8 mini-batches of 2 prompts x 2" in printed and "pooled over 2, step 4: 16 mini-batches" in printed
+    signal.main([*command, "--out", str(tmp_path / "two")])
+    assert len(calls) == 3 + 2 * 8 * 4
+    assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
+    left = {path.name for path in (runs[0] / "signal").rglob("*.*")}
+    assert left == {"measured.pt", "settings.json"}
+
+    for run in runs:
+        for path in (run / "signal").rglob("*.*"):
+            path.unlink()
+    monkeypatch.setattr(signal, "gradients", original)
+    signal.main([*command, "--out", str(tmp_path / "three")])
+    assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "three.csv").read_bytes()
+
+    lines = lines_of(tmp_path / "one.csv")
+    methods = 6 + 2 + 4
+    assert len(lines) == 3 * 2 * len(signal.COORDINATES) * len(signal.FACTORS) * methods
+    assert {line["run"] for line in lines} == {*map(str, runs), "pooled over 2"}
+    for line in lines:
+        if line["method"] == "uniform" and line["gain"]:
+            assert float(line["gain"]) == 1.0
+        if line["method"] in ("uniform", "rest"):
+            same = [x for x in lines if all(x[k] == line[k] for k in ("run", "step", "coordinates", "method"))]
+            by_size = {float(x["prompts"]): float(x["noise"]) for x in same}
+            assert by_size[0.5] == pytest.approx(4 * by_size[2.0], rel=1e-3) == pytest.approx(16 * by_size[8.0], rel=1e-3)
+    assert (tmp_path / "one.png").stat().st_size > 10_000 if importable("matplotlib") else "pip install matplotlib" in printed
+
+
+def importable(name):
+    try:
+        __import__(name)
+    except ImportError:
+        return False
+    return True
+
+
+def test_pooling_a_checkpoint_with_itself_changes_no_estimate(tokenizer, tmp_path, monkeypatch):
+    """Moments are averaged over runs, so twice the same run gives the same estimates; and sketched measurements agree with whole gradients
+    to the accuracy of the sketch, exactly where it is as wide as the gradient."""
+    monkeypatch.setattr(rest, "score_texts", by_text)
+    run = make_run(tmp_path / "a", tokenizer)
+    args = signal.parse([str(run), *SMALL])
+    size = sum(p.numel() for p in qwen3().parameters())
+    found = {}
+    for sketch in (0, size, 4096):
+        point = signal.load(run, 3, run / "kept" / "step3", args)
+        bar = signal.tqdm(disable=True)
+        found[sketch] = signal.measure(point, tmp_path / f"sketch{sketch}", 8, ("rest",), sketch, bar)
+    for name in signal.COORDINATES:
+        exact, same, rough = (K["gram"][name] for K in found.values())
+        norms = exact.diagonal(dim1=0, dim2=2).diagonal().sqrt().T  # (R, n) -> (n, R)
+        norms = exact.flatten(0, 1).flatten(1, 2).diagonal().sqrt()
+        error = (rough - exact).flatten(0, 1).flatten(1, 2).abs() / (norms[:, None] * norms).clamp(min=1e-12)
+        assert 0 < float(error.max()) < 8 / 64
+        close(same, exact, rtol=1e-4, atol=float(1e-5 * exact.abs().max()))
+    single, double = signal.table([found[0]], 50), signal.table([found[0]] * 2, 50)
+    for a, b in zip(single, double):
+        for key in ("signal", "spread", "efficiency", "w_text"):
+            assert a[key] == pytest.approx(b[key], rel=1e-6, nan_ok=True), key
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--batches", "4"], "at least 8"), (["--methods", "magic"], "unknown method magic"), (["--steps", "7"], "it has those of 0, 3, 4"),
+    (["--prompts", "500"], "lower --prompts"), (["--prompts", "-1"], "must not be negative")])
+def test_wrong_options_get_one_sentence(tokenizer, tmp_path, args, words):
+    run = make_run(tmp_path / "a", tokenizer)
+    with pytest.raises(SystemExit, match=words):
+        signal.main([str(run), *SMALL, *args])
+
+
+def test_folders_that_cannot_be_measured_get_one_sentence(tokenizer, tmp_path):
+    """No run, no checkpoint, a configuration of another version, a policy whose instructions are not known, and a measurement that began
+    with other settings."""
+    def fails(run, words, *args):
+        with pytest.raises(SystemExit, match=words):
+            signal.main([str(run), *SMALL, *args])
+    fails(tmp_path / "nowhere", "no run with checkpoints")
+    run = make_run(tmp_path / "a", tokenizer)
+    settings = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(settings | {"config": settings["config"] | {"colour": 1}}))
+    fails(run, "another version")
+    (run / "config.json").write_text(json.dumps(settings))
+    other = tokenizer.__class__.from_pretrained(run / "checkpoint")
+    other.chat_template = tokenizer.chat_template + " "
+    other.save_pretrained(run / "checkpoint")
+    fails(run, "instructions", "--steps", "4")
+    folder = run / "signal" / "step3-P2-G2-n8-seed0"
+    folder.mkdir(parents=True)
+    (folder / "settings.json").write_text("{}")
+    fails(run, "delete it", "--steps", "3")

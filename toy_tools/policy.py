@@ -9,6 +9,7 @@ import os
 import random
 import re
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -18,11 +19,12 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import rest
-from toy_tools import chat, fast, tasks, tools
+from toy_tools import chat, fast, schema, tasks, tools
 
 # --------------------------------------------------------------------------------------------- the embedded policy
 
 WARM_START_STEPS = 480
+START = Path(__file__).parent / "start"  # the warm-started policy of seed 0, which comes with the repository
 
 TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<response>", "</response>"]
 CHAT_TEMPLATE = (  # tools as signatures, name(param: type, ...): description, a third of the tokens that JSON schemas take
@@ -52,13 +54,17 @@ def build_tokenizer(texts, vocab_size=1536):
     return tokenizer
 
 
+def model_config(vocab_size):
+    return Qwen3Config(
+        vocab_size=vocab_size, hidden_size=160, intermediate_size=448, num_hidden_layers=3, num_attention_heads=5,
+        num_key_value_heads=5, head_dim=32, max_position_embeddings=2048, tie_word_embeddings=True,
+        initializer_range=0.06, bos_token_id=None, eos_token_id=2, pad_token_id=0)
+
+
 def build_model(vocab_size, seed=0):
     """A randomly initialised Qwen3 of about 1M parameters."""
     torch.manual_seed(seed)
-    return Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=vocab_size, hidden_size=160, intermediate_size=448, num_hidden_layers=3, num_attention_heads=5, num_key_value_heads=5,
-        head_dim=32, max_position_embeddings=2048, tie_word_embeddings=True, initializer_range=0.06,
-        bos_token_id=None, eos_token_id=2, pad_token_id=0))
+    return Qwen3ForCausalLM(model_config(vocab_size))
 
 
 def noisy_demonstration(row, rng, noise):
@@ -113,22 +119,54 @@ def looking_up(tokenizer, rng, questions=12):
     return ids, mask
 
 
-def tiny_policy(seed=0, steps=WARM_START_STEPS, batch=32, learning_rate=3e-3, noise=0.22, mask_names=False, device="cpu", progress=True):
-    """(model, tokenizer) of the embedded policy after its warm start; kept under $REST_CACHE (default ~/.cache/rest).
+def demonstrations(seed, count, noise, mask_names):
+    """[(row, completion text)]: single steps of toy tasks as an imperfect demonstrator would answer them."""
+    rng = random.Random(seed)
+    dialogues = tasks.make_rows(count, "train", seed=seed + 1, mask_names=mask_names)
+    rows = [rng.choice(tasks.decompose(row)) for row in dialogues]
+    return [(row, noisy_demonstration(row, rng, noise)) for row in rows], rng
 
-    A pretrained model can copy words and see whether something is listed; a random one learns this slowest, and soonest from short texts
-    that hold nothing else. So half as many steps of lessons come first, then `steps` of imperfect demonstrations. The cache key covers
-    every argument but the device, the sources that make data and model, and the library versions."""
-    sources = "".join(inspect.getsource(m) for m in (tools, tasks, chat, inspect.getmodule(tiny_policy)))
-    versions = [importlib.metadata.version(p) for p in ("torch", "transformers", "tokenizers")]
-    key = repr((sources, versions, seed, steps, batch, learning_rate, noise, mask_names))
+
+def recipe(seed, steps, batch, learning_rate, noise, mask_names):
+    """All that decides what a warm start learns, but for the libraries: its options, and a digest of what tools, tasks,
+    lessons and template make of them."""
+    pairs, rng = demonstrations(seed, 200, noise, mask_names)
+    tokenizer = build_tokenizer([], 300)
+    lessons = [(copying(tokenizer, rng), looking_up(tokenizer, rng)) for _ in range(50)]
+    shape = model_config(300).to_diff_dict()
+    shown = json.dumps([pairs, lessons, CHAT_TEMPLATE, shape], sort_keys=True, default=str)
+    return {"seed": seed, "steps": steps, "batch": batch, "learning_rate": learning_rate, "noise": noise,
+            "mask_names": mask_names, "data": hashlib.sha256(shown.encode()).hexdigest()}
+
+
+def versions():
+    return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers")}
+
+
+def digest(folder):
+    """{file name: sha256} of a folder, but for start.json itself."""
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in sorted(Path(folder).iterdir()) if file.name != "start.json"}
+
+
+def tiny_policy(seed=0, steps=WARM_START_STEPS, batch=32, learning_rate=3e-3, noise=0.22, mask_names=False, device="cpu",
+                progress=True, shipped=True):
+    """(model, tokenizer) of the embedded policy after its warm start: the one in toy_tools/start if that was made by the
+    same recipe (and `shipped` allows it), else one that is made now and kept under $REST_CACHE (default ~/.cache/rest).
+
+    A pretrained model can copy words and see whether something is listed; a random one learns this slowest, and soonest
+    from short texts that hold nothing else. So half as many steps of lessons come first, then `steps` of imperfect
+    demonstrations."""
+    wanted = recipe(seed, steps, batch, learning_rate, noise, mask_names)
+    if shipped and (START / "start.json").exists() and json.loads((START / "start.json").read_text())["recipe"] == wanted:
+        return read_start()
+    sources = [inspect.getsource(module) for module in (rest, schema, tools, tasks, chat, inspect.getmodule(tiny_policy))]
+    key = json.dumps([wanted, versions(), sources], sort_keys=True)
     folder = Path(os.environ.get("REST_CACHE", "~/.cache/rest")).expanduser() / hashlib.sha256(key.encode()).hexdigest()[:16]
     if folder.is_dir():
         return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)  # before the minutes of training: it may be refused
-    rng = random.Random(seed)
-    rows = [rng.choice(tasks.decompose(row)) for row in tasks.make_rows(max(2000, steps * batch), "train", seed=seed + 1, mask_names=mask_names)]
-    pairs = [(row, noisy_demonstration(row, rng, noise)) for row in rows]
+    pairs, rng = demonstrations(seed, max(2000, steps * batch), noise, mask_names)
     plain = build_tokenizer([], 300)  # bytes, for its chat template
     tokenizer = build_tokenizer([plain.apply_chat_template(row["messages"], tools=row["tools"], tokenize=False) + text for row, text in pairs[:4000]])
     model = build_model(len(tokenizer), seed).to(device)
@@ -145,6 +183,28 @@ def tiny_policy(seed=0, steps=WARM_START_STEPS, batch=32, learning_rate=3e-3, no
     except OSError:  # another process was faster
         shutil.rmtree(part)
     return model, tokenizer
+
+
+def write_start(folder, **options):
+    """Make a warm-started policy and write it as the repository's: bfloat16 weights, tokenizer, and start.json, which says
+    by which recipe, libraries and command it was made and what each file's checksum is."""
+    folder = Path(folder)
+    options = {"seed": 0, "steps": WARM_START_STEPS, "batch": 32, "learning_rate": 3e-3, "noise": 0.22, "mask_names": False} | options
+    model, tokenizer = tiny_policy(**options, shipped=False)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    about = {"command": "python -m toy_tools.policy toy_tools/start", "recipe": recipe(**options),
+             "versions": versions(), "files": digest(folder)}
+    (folder / "start.json").write_text(json.dumps(about, indent=1) + "\n")
+
+
+def read_start(folder=START):
+    """(model, tokenizer) of a folder of write_start, in float32. Raises ValueError if a file is not what it was."""
+    about = json.loads((Path(folder) / "start.json").read_text())
+    if digest(folder) != about["files"]:
+        raise ValueError(f"{folder} is not what its start.json says: restore it from the repository, or make it anew with: "
+                         f"{about['command']}")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
 
 
 # --------------------------------------------------------------------------------------------- supervised warm start, any model
@@ -236,3 +296,7 @@ def load_model(path, dtype=torch.float32, gradient_checkpointing=False):
         (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
         model.train()  # transformers checkpoints only then
     return model, tokenizer
+
+
+if __name__ == "__main__":  # python -m toy_tools.policy FOLDER
+    write_start(sys.argv[1])

@@ -22,7 +22,6 @@ goes on. Writes OUT.csv and OUT.png.
 
 import argparse
 import csv
-import json
 import math
 import random
 import sys
@@ -34,7 +33,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 import rest
-from toy_tools import chat, data, fast, policy, tasks
+from toy_tools import chat, data, fast, policy, runs, tasks
 
 # Gradients are divided by this power of AdamW's sqrt(v) + eps. adamw is what is stepped along; in half-adamw
 # the inner product of two gradients is the progress along one of a step along the other.
@@ -315,12 +314,12 @@ def measure(point, folder, batches, methods, sketch, bar):
     done = folder / "measured.pt"
     settings = {"config": asdict(cfg), "methods": list(methods), "sketch": sketch}
     if (folder / "settings.json").exists():
-        if json.loads((folder / "settings.json").read_text()) != settings:
+        if runs.read_json(folder / "settings.json") != settings:
             raise ValueError(f"{folder} was measured with other methods, sketch or configuration: delete it "
                              "to measure again")
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "settings.json").write_text(json.dumps(settings, indent=1))
+        runs.write_json(folder / "settings.json", settings)
     if done.exists():
         bar.update(2 * batches)
         return torch.load(done, weights_only=True)
@@ -581,7 +580,7 @@ def checkpoints(run, steps=()):
 
 def load(run, number, folder, args):
     """The Point of a checkpoint."""
-    settings = json.loads((run / "config.json").read_text())
+    settings = runs.read_json(run / "config.json")
     options = settings["run"]
     try:
         cfg = rest.Config(**settings["config"])
