@@ -968,8 +968,9 @@ class Engine:
 
     def __init__(self, model):
         self.model = model
-        forward = inspect.signature(model.forward).parameters
-        self.cache_name = "cache" if "cache" in forward else "past_key_values"  # transformers 5.24, before
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # an adapter's base
+        self.accepts = set(inspect.signature(inner.forward).parameters)
+        self.cache_name = "cache" if "cache" in self.accepts else "past_key_values"  # transformers 5.24, before
 
     @property
     def device(self):
@@ -1005,22 +1006,40 @@ class Engine:
         return self._forward(ids[:, None], self.count + t)
 
     def _forward(self, ids, positions):
-        out = self.model(input_ids=ids, attention_mask=self.mask.long(), position_ids=positions,
-                         use_cache=True, logits_to_keep=1, **{self.cache_name: self.cache})
+        layers = getattr(self.cache, "layers", [])
+        # state space models would read the mask as that of the tokens fed, not of all so far
+        masked = self.cache is None or any(hasattr(layer, "keys") for layer in layers)
+        out = self._run(ids, self.mask if masked else None, positions, use_cache=True, logits_to_keep=1,
+                        **{self.cache_name: self.cache})
         self.cache = out[self.cache_name]
         return out.logits[:, -1]
+
+    def _run(self, ids, mask, positions, **options):
+        """The model's own forward, given what it accepts."""
+        mask = None if mask is None else mask.long()
+        options |= {"attention_mask": mask, "position_ids": positions}
+        options = {name: value for name, value in options.items() if name in self.accepts}
+        return self.model(input_ids=ids, **options)
 
     def drop(self, done):
         """Take finished rows out of the batch where that makes it enough smaller. done: a bool per row.
         Returns the rows that stay, in their new order, or None if all do."""
         keep = [s for s, finished in enumerate(done) if not finished]
-        if len(keep) > 0.75 * len(done):
+        if len(keep) > 0.75 * len(done) or not self._can_drop():
             return None
         rows = torch.tensor(keep, device=self.device)
         self.cache.batch_select_indices(rows)
         self.mask = self.mask[rows]
         self.count = self.count[rows]
         return keep
+
+    def _can_drop(self):
+        """Whether the cache is keys and values alone: recurrent states do not leave it."""
+        layers = getattr(self.cache, "layers", None)
+        if layers is None:
+            return hasattr(self.cache, "batch_select_indices")
+        states = any(hasattr(layer, "conv_states") for layer in layers)
+        return type(self.cache).__name__ == "DynamicCache" and not states
 
     def micro_batches(self, batch, groups, budget):
         """The completions of these groups as lists of rows: forwards of at most `budget` tokens, padding
@@ -1049,9 +1068,8 @@ class Engine:
         completions = batch.tokens[rows, :T]                                                # (n, T)
         mask = F.pad(mask, (0, T), value=True)                                              # (n, Lp+T)
         with autocast(self.model):
-            logits = self.model(input_ids=torch.cat([ids, completions], 1), attention_mask=mask.long(),
-                                position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False,
-                                logits_to_keep=T + 1).logits
+            logits = self._run(torch.cat([ids, completions], 1), mask, (mask.cumsum(1) - 1).clamp(min=0),
+                               use_cache=False, logits_to_keep=T + 1).logits
             logits = logits[:, -T - 1:-1].flatten(0, 1)      # (n*T, V), logits at t-1 predict token t
             return token_logps(logits, completions.flatten(), temperature).view(-1, T)
 
