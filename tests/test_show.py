@@ -106,7 +106,8 @@ def finished(folder, method, seed, after=0.5, **settings):
     run = asdict(options.Run()) | {"name": folder.name}
     run |= {name: value for name, value in settings.items() if name in run}
     config = {"config": asdict(rest.Config(method=method, seed=seed, **knobs)), "run": run,
-              "rows": settings.get("rows", f"rows of seed {seed}"), "lengths": [[0, 100]]}
+              "rows": settings.get("rows", f"rows of seed {seed}"),
+              "lengths": settings.get("lengths", [[0, 100]])}
     (folder / "config.json").write_text(json.dumps(config))
     for when, exact in (("before", 0.25), ("after", after)):
         result = {"simple": {"n": 1, "exact": 1.0}, "all": {"n": 8, "exact": exact}}
@@ -156,7 +157,8 @@ def test_two_runs_of_one_method_and_seed_are_refused(tmp_path):
     ("rest", 1, {"steps": 200}), ("grpo", 0, {"learning_rate": 1e-3}), ("grpo", 1, {"eval_samples": 9}),
     ("grpo", 0, {"model": "another start"}), ("grpo", 0, {"rows": "others"}),
     ("grpo", 0, {"delta": 0.1}), ("rest", 1, {"alpha_thought": 0.1}), ("dr-grpo", 0, {"clip": 0.1}),
-    ("grpo", 1, {"max_turns": 2}), ("grpo", 0, {"data": "x.jsonl"})], ids=str)
+    ("grpo", 1, {"max_turns": 2}), ("rest", 1, {"lengths": [[0, 50], [50, 100]]}),
+    ("grpo", 0, {"data": "x.jsonl"})], ids=str)
 def test_runs_of_other_settings_are_refused(tmp_path, method, seed, settings):
     """Also where a third run between them has the settings of the first."""
     first = finished(tmp_path / "first", "rest", 0)
@@ -188,7 +190,7 @@ def test_the_settings_that_may_differ_are_those_of_the_options():
     assert show.OF_A_METHOD == set(options.READERS)
 
 
-@pytest.mark.parametrize("freedom", [1, 2, 5, 10, 11, 23, 30, 31, 40, 100, 10**6])
+@pytest.mark.parametrize("freedom", [*range(1, 36), 50, 100, 1000, 10**6])
 def test_quantiles_of_students_t(freedom):
     """95% of the distribution lies within them, by its density, summed up. The table once ended at
     ten degrees of freedom and gave those of ten to everything above."""
@@ -197,4 +199,5 @@ def test_quantiles_of_students_t(freedom):
     n = torch.tensor(float(freedom), dtype=torch.float64)
     log_density = torch.lgamma((n + 1) / 2) - torch.lgamma(n / 2) - 0.5 * torch.log(n * math.pi)
     density = torch.exp(log_density - (n + 1) / 2 * torch.log1p(x ** 2 / n))
-    assert float(torch.trapezoid(density, x)) == pytest.approx(0.95, abs=3e-4)
+    allowed = 1e-4 if freedom <= 30 else 3e-4
+    assert float(torch.trapezoid(density, x)) == pytest.approx(0.95, abs=allowed)
