@@ -327,3 +327,17 @@ def test_the_loop_learns_a_bandit():
             p = model(torch.tensor([batch.prompts[0]])).logits[0, -1].softmax(-1)
         return float(p[0::2].sum())
     assert chance(+1) > 0.95 and chance(-1) < 0.05
+
+
+def test_a_call_that_the_executor_refuses_is_not_exact(tokenizer):
+    """Equal to gold, and the format right; one completion's tool takes it, the other's refuses it."""
+    def refuse(a, b):
+        raise rest.InvalidArguments("not today")
+    boxes = iter([adder(), SimpleNamespace(functions={"add": refuse})])
+    answer = "<think>done</think><response>3</response>"
+    row = {**ROW, "gold": [ROW["gold"][0], []]}
+    engine = rest.Engine(scripted_turns(tokenizer, [[CALL, answer]] * 2))
+    batch = rest.rollout(engine, rest.Chat(tokenizer), [row], config(max_turns=2, max_completion_tokens=300),
+                         toolbox_for=lambda row: next(boxes))
+    assert batch.refused == [0, 1]
+    assert rest.score_batch(batch) == [(1.0, 1.0, True), (1.0, 1.0, False)]
