@@ -25,8 +25,8 @@ One sample's life, the order of this file (P prompts, G completions each, N = P*
     -> logp with gradient                          [N, T]   Engine.logps
     -> scalar loss -> optimiser step                        policy_loss, update
 
-Behind that: reading calls from text, running them, `Chat` (row to tokens), `Engine` (the model); toy_tools/ has
-hardened or fast ones with the same methods. "Departure": where paper, authors' code and this file differ.
+Behind that: calls, their execution, `Chat` and `Engine`, of which toy_tools/ has a hardened and a fast one.
+"Departure" says where paper, authors' code and this file differ.
 """
 
 import asyncio
@@ -46,15 +46,13 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-log = logging.getLogger("rest")
-
 # ---- configuration ----
 
 BOUNDS = {"above 0": lambda x: x > 0, "at least 0": lambda x: x >= 0, "at least 1": lambda x: x >= 1,
           "at least 2": lambda x: x >= 2, "in (0, 1)": lambda x: 0 < x < 1, "in (0, 1]": lambda x: 0 < x <= 1}
 
 def knob(default, text, bound=None):
-    """A field with its help text and, a key of BOUNDS, what its value must be."""
+    """A field with its help text and its bound, a key of BOUNDS."""
     return field(default=default, metadata={"help": text, "bound": bound})
 
 @dataclass
@@ -63,26 +61,26 @@ class Config:
     method: str = knob("rest", "How tokens are weighted: a name in rest.WEIGHTS.")
     reward_scaling: str = knob("dynamic", "dynamic: parts rescaled with progress; static: ToolRL's.")
     raw_weight: str = knob("one-minus-exp", "one-minus-exp: 1/(1-exp(-H)); inverse: 1/H.")
-    min_entropy: float = knob(0.05, "Entropies are clamped below at this many nats.", "above 0")
-    alpha_format: float = knob(0.5, "Weight that format loses over the run.", "at least 0")
-    alpha_params: float = knob(0.5, "Weight that parameters gain over the run.", "at least 0")
-    alpha_thought: float = knob(0.5, "Weight that thoughts gain over the run.", "at least 0")
-    weight_min: float = knob(0.2, "Format weights do not fall below this.", "at least 0")
-    weight_max: float = knob(5.0, "Parameters and thoughts do not rise above this.", "at least 0")
+    min_entropy: float = knob(0.05, "Lower bound of entropies, in nats.", "above 0")
+    alpha_format: float = knob(0.5, "Weight that format loses in the run.", "at least 0")
+    alpha_params: float = knob(0.5, "Weight that parameters gain in it.", "at least 0")
+    alpha_thought: float = knob(0.5, "Weight that thoughts gain in it.", "at least 0")
+    weight_min: float = knob(0.2, "Lower bound of format's weight.", "at least 0")
+    weight_max: float = knob(5.0, "Upper bound of the two others.", "at least 0")
     top_entropy_fraction: float = knob(0.2, "Share of tokens that top-entropy trains.", "in (0, 1]")
-    steps: int = knob(100, "Optimisation steps; progress is step/steps. 0: warm start only.", "at least 0")
+    steps: int = knob(100, "Steps; progress is step/steps. 0: warm start only.", "at least 0")
     prompts: int = knob(16, "Prompts per step (P).", "at least 1")
-    group: int = knob(8, "Completions per prompt (G), which advantages compare.", "at least 2")
+    group: int = knob(8, "Completions per prompt (G), compared with one another.", "at least 2")
     max_completion_tokens: int = knob(160, "Tokens of an episode, tool results included.", "at least 1")
-    max_turns: int = knob(1, "Turns of an episode; above 1 calls run and results are fed back.", "at least 1")
-    temperature: float = knob(1.0, "Sampling temperature; logp and entropy are of it.", "above 0")
+    max_turns: int = knob(1, "Turns of an episode; above 1, calls run between them.", "at least 1")
+    temperature: float = knob(1.0, "Of sampling, logp and entropy.", "above 0")
     clip: float = knob(0.2, "epsilon of the clipped ratio.", "in (0, 1)")
     delta: float = knob(1e-4, "Added to the group's standard deviation.", "at least 0")
-    aggregation: str = knob("", "sequence, token or constant; empty: constant for dr-grpo, else sequence.")
+    aggregation: str = knob("", "sequence, token or constant; empty: as --method needs.")
     passes: int = knob(1, "Optimiser steps on each rollout batch.", "at least 1")
     micro_batch_tokens: int = knob(4096, "Tokens per forward: memory, not gradient.", "at least 1")
-    learning_rate: float = knob(5e-4, "Peak rate of AdamW; about 1e-6 for a real --model.", "above 0")
-    warmup_steps: int = knob(5, "Linear warm-up; then linear decay to a tenth of the peak.", "at least 0")
+    learning_rate: float = knob(5e-4, "Peak of AdamW's; about 1e-6 for a real --model.", "above 0")
+    warmup_steps: int = knob(5, "Linear warm-up; then linear decay to a tenth.", "at least 0")
     weight_decay: float = knob(0.0, "AdamW weight decay.", "at least 0")
     max_grad_norm: float = knob(1.0, "Gradient norm is clipped to this.", "above 0")
     tool_timeout: float = knob(2.0, "Seconds a tool may take.", "above 0")
@@ -101,7 +99,7 @@ class Config:
             if bound and not (math.isfinite(value) and BOUNDS[bound](value)):
                 raise ValueError(f"{option.name} must be a number {bound}, not {value}")
         if self.weight_max < self.weight_min:
-            raise ValueError(f"weight_max, {self.weight_max}, must not lie below weight_min, {self.weight_min}")
+            raise ValueError(f"weight_max, {self.weight_max}, lies below weight_min, {self.weight_min}")
 
 # ---- rollout ----
 
@@ -141,8 +139,8 @@ class Episode:
     tool_errors: int = 0
 
     def end_turn(self, chat, cfg, closed):
-        """The turn ends here, by an end-of-turn token if `closed`; then its calls run -> the ids that follow
-        it and open the next turn; none where the episode is over."""
+        """The turn ends here, by an end-of-turn token if `closed`, and its calls run -> the ids that
+        follow it and open the next turn; none at the end of the episode."""
         text = chat.decode(self.ids[self.start:len(self.ids) - closed])
         self.turns.append((self.start, len(self.ids)))
         self.texts.append(text)
@@ -160,20 +158,18 @@ class Episode:
 
 @torch.no_grad()
 def rollout(engine, chat, rows, cfg, seed=0, group=None, greedy=False, toolbox_for=None):
-    """Sample `group` (default cfg.group) completions for each row -> Rollout, without regions.
-
-    All episodes advance one token a step, sampled or forced: nothing is tokenised twice. Each draws from its
-    own uniforms, so what it samples does not depend on which others are still there. If cfg.max_turns > 1,
-    toolbox_for(row) gives every episode a box whose `.functions` its calls run. Raises ValueError if it lacks
-    a tool of the row, FloatingPointError if logits are not finite."""
+    """Sample `group` (default cfg.group) completions for each row -> Rollout, without regions. All
+    episodes advance one token a step, sampled or forced: nothing is tokenised twice. Each has its own
+    uniforms: what it samples does not depend on the others. If cfg.max_turns > 1, toolbox_for(row) gives
+    each a box with the `.functions` of its calls. Raises ValueError if one is missing,
+    FloatingPointError if logits are not finite."""
     G = group or cfg.group
     T = cfg.max_completion_tokens
     N = len(rows) * G
     device = engine.device
     uniforms = torch.rand(N, T, generator=torch.Generator().manual_seed(seed)).clamp_(max=1 - 1e-6).to(device)
     forced = torch.full((N, T), -1, device=device)  # ids that the policy does not choose; -1: it chooses
-    logp = torch.zeros(N, T, device=device)
-    entropy = torch.zeros(N, T, device=device)
+    logp, entropy = torch.zeros(2, N, T, device=device)
 
     def force(i, ids, column):
         ids = ids[:T - column]
@@ -197,9 +193,8 @@ def rollout(engine, chat, rows, cfg, seed=0, group=None, greedy=False, toolbox_f
         logits = engine.prefill(prompts, G, T)   # (S, V)
         for t in range(T):
             choice, logp[at, t], entropy[at, t] = sample(logits, uniforms[at, t], cfg.temperature, greedy)
-            plan = forced[at, t]                             # (S,)
-            choice = torch.where(plan < 0, choice, plan)     # (S,)
-            for i, token in zip(slots, choice.tolist()):     # the one wait for the device per token
+            choice = torch.where(forced[at, t] < 0, choice, forced[at, t])     # (S,)
+            for i, token in zip(slots, choice.tolist()):  # the one wait for the device per token
                 episode = episodes[i]
                 if episode.ended:
                     continue
@@ -223,8 +218,8 @@ def rollout(engine, chat, rows, cfg, seed=0, group=None, greedy=False, toolbox_f
     length = torch.tensor([len(e.ids) for e in episodes], device=device)
     width = max(len(e.ids) for e in episodes)
     tokens = torch.tensor([e.ids + [0] * (width - len(e.ids)) for e in episodes], device=device)
-    inside = torch.arange(width, device=device) < length[:, None]    # (N, width)
-    sampled = inside & (forced[:, :width] < 0)                       # (N, width)
+    inside = torch.arange(width, device=device) < length[:, None]
+    sampled = inside & (forced[:, :width] < 0)
     logp = torch.where(sampled, logp[:, :width], 0.0)
     entropy = torch.where(sampled, entropy[:, :width], 0.0)
     if not bool((logp + entropy).isfinite().all()):
@@ -236,7 +231,7 @@ def rollout(engine, chat, rows, cfg, seed=0, group=None, greedy=False, toolbox_f
         sum(e.tool_errors for e in episodes))
 
 def sample(logits, uniforms, temperature, greedy=False):
-    """One token per row of softmax(logits / temperature), logits [S, V], where the cumulative distribution
+    """One token per row of softmax(logits [S, V] / temperature), where its cumulative distribution
     reaches uniforms [S] in [0, 1): ids int64 [S], logp and entropy (nats) float32 [S]."""
     log_p = F.log_softmax(logits.float() / temperature, -1)   # (S, V)
     p = log_p.exp()                                           # (S, V)
@@ -257,8 +252,8 @@ PAPER_REGIONS = {"format": (TAG, SCAFFOLD), "name": (NAME,), "params": (PARAMS,)
                  "text": (TEXT,)}  # only the authors' constants tell tag and scaffold apart
 
 def tag_regions(pieces):
-    """For each token of a turn, given its own text, the regions of its visible characters in order: the first
-    is the token's own. A blank token takes the region it stands in.
+    """For each token of a turn, given its own text, the regions of its visible characters in order: the
+    first is its own. A blank token takes the region it stands in.
     >>> tag_regions(['<think>', 'hm', '</think>'])
     [[0], [4], [0]]
     """
@@ -273,11 +268,9 @@ def tag_regions(pieces):
     return regions
 
 def token_regions(batch, chat):
-    """region int64 [N, T], -1 where not sampled, and covers bool [N, T, 6], all regions a token touches.
-    The end-of-turn token is a tag.
-
-    Departure: found on the sampled ids themselves; the authors tokenise the decoded text again, which
-    shifts labels where the policy's tokens are not the canonical ones, and drop each span's last token."""
+    """region int64 [N, T], -1 where not sampled; covers bool [N, T, 6], all regions a token touches. The
+    end of a turn is a tag. Departure: on the sampled ids themselves; the authors tokenise the decoded
+    text again, which shifts labels where tokens are not canonical, and drop each span's last token."""
     found = []  # (row, column, region)
     region = torch.full(batch.tokens.shape, -1)
     for i, (ids, turns) in enumerate(zip(batch.tokens.tolist(), batch.turns)):
@@ -295,21 +288,21 @@ def token_regions(batch, chat):
 # ---- token weights: the heart of ResT ----
 
 def region_entropy(batch):
-    """H_avg float [6]: mean entropy (nats) of a region's sampled tokens in the whole batch, 0 if it has
-    none. Tag and scaffold share that of the paper's format region."""
+    """H_avg float [6]: mean entropy (nats) of a region's sampled tokens in the batch, 0 if there are
+    none; one for tag and scaffold, the paper's format."""
     inside = batch.region[..., None] == torch.arange(6, device=batch.region.device)    # (N, T, 6)
     inside[..., :NAME] = inside[..., :NAME].any(-1, keepdim=True)                      # tag or scaffold
     total = (inside * batch.entropy.detach()[..., None]).sum((0, 1))                   # (6,)
     return total / inside.sum((0, 1)).clamp(min=1)
 
 def raw_weights(entropy, kind="one-minus-exp", min_entropy=0.05):
-    """Entropies (nats) -> weights that fall with entropy: Theorem 2's proxy, by Lemma 2's bound on the score."""
+    """Entropies (nats) -> weights that fall with them: Theorem 2's proxy, by Lemma 2's bound."""
     h = entropy.clamp(min=min_entropy)
     return 1 / h if kind == "inverse" else 1 / (1 - torch.exp(-h))
 
 def curriculum(weight, progress, cfg):
     """Weights [6] at progress in [0, 1]: format down, parameters and thought up, the others constant.
-    Departure: the paper does not publish its constants; ours are in Config."""
+    Departure: the paper's constants are unpublished; ours are in Config."""
     w = weight.clone()
     for r in PAPER_REGIONS["format"]:
         w[r] = (w[r] - cfg.alpha_format * progress).clamp(min=cfg.weight_min)
@@ -318,8 +311,8 @@ def curriculum(weight, progress, cfg):
     return w
 
 def normalise_weights(weight, mask):
-    """[N, T] weights -> mean 1 over each completion's masked tokens, 0 elsewhere and in all-zero rows.
-    Divided by the maximum first, so that equal weights become exactly 1: GRPO bit for bit."""
+    """Weights [N, T] -> mean 1 over each completion's masked tokens, 0 elsewhere and in all-zero rows.
+    First divided by the maximum: equal weights become exactly 1, GRPO bit for bit."""
     weight = torch.where(mask, weight, 0.0)
     weight = weight / weight.amax(1, keepdim=True).clamp(min=1e-30)
     mean = weight.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
@@ -327,8 +320,7 @@ def normalise_weights(weight, mask):
 
 def region_weights(batch, cfg, progress):
     """ResT's weight of each region [6]: raw weights of the region entropies, then the curriculum.
-    Departure: raw weights are divided by their token mean over the batch, so that the curriculum's constants
-    mean the same at any entropy."""
+    Departure: raw weights are divided by their token mean, so that constants mean the same at any entropy."""
     raw = raw_weights(region_entropy(batch), cfg.raw_weight, cfg.min_entropy)        # (6,)
     raw = raw / raw[batch.region[batch.sampled]].mean()
     return curriculum(raw, progress, cfg)
@@ -345,9 +337,9 @@ def no_thought(batch, cfg, progress):
     return normalise_weights(weight[batch.region], batch.sampled)
 
 def rest_official(batch, cfg, progress):
-    """The authors' code: constants and a clock, no entropy; mean 1 over the tokens of positive weight, a token's
-    largest region wins. (Their clip to [0.001, 8] never acts.) Departure: theirs gives the end-of-turn token 0,
-    so that nothing trains stopping, and weights only the first call of a block; ours counts it as a tag."""
+    """The authors' code: constants and a clock, no entropy; a token's largest region counts; mean 1 over
+    tokens of positive weight. (Their clip to [0.001, 8] never acts.) Departure: theirs gives end-of-turn
+    tokens 0, so that nothing trains stopping, and weights only the first call of a block."""
     clock = 0.6 + 0.002 * round(progress * cfg.steps)
     constants = [1.0, 0.0, 1.2, min(1.2, clock), min(1.0, clock), 0.0]  # in the order of REGIONS
     weight = (torch.tensor(constants, device=batch.covers.device) * batch.covers).amax(-1)  # (N, T)
@@ -408,9 +400,9 @@ def _agreement(call, other):
     return _jaccard(a.keys(), b.keys()) + sum(same_value(a[key], b[key]) for key in a if key in b)
 
 def correctness_score(gold, predicted):
-    """ToolRL's rule (arXiv 2504.13958) in [0, 1]: the multisets of names, then each gold call
-    against the best unused call of its name, by parameter names and values.
-    gold: list[Call], not empty; predicted: list[Call | CallError]. One unreadable call gives 0."""
+    """ToolRL's rule (arXiv 2504.13958) in [0, 1]: the multisets of names, then each gold call against
+    the best unused call of its name, by parameter names and values. gold: list[Call], not empty;
+    predicted: list[Call | CallError], where one unreadable call gives 0."""
     if any(isinstance(call, CallError) for call in predicted):
         return 0.0
     score = _jaccard([c.name for c in gold], [c.name for c in predicted])
@@ -424,8 +416,8 @@ def correctness_score(gold, predicted):
     return score / (1 + sum(1 + len(call.arguments) for call in gold))
 
 def format_score(text, required):
-    """1.0 if just the required blocks stand there, closed, in order, only space between them, no
-    thought or response empty, no call tag in a response; else 0.0. Adjacent call blocks are one."""
+    """1.0 if just the required blocks stand there, closed, in order, only space between them, no thought
+    or response empty, no call tag in a response; else 0.0. Adjacent call blocks are one."""
     kinds = []
     pos = 0
     for block in split_blocks(text):
@@ -440,10 +432,9 @@ def format_score(text, required):
     return float(kinds == list(required) and not text[pos:].strip())
 
 def score_texts(texts, row, refused=0):
-    """(format in [0, 1], correctness in [0, 1], or None without gold calls, exact) of an episode's turns.
-    Format is the mean over turns; each needs the blocks in row["blocks"], else a thought, then calls where gold
-    has some, or a response. Correctness compares (turn, name), not names. Exact: right in format, gold's calls,
-    none refused."""
+    """Of an episode's turns: format in [0, 1], correctness in [0, 1] or None without gold calls, exact
+    or not. Format is the mean over turns, each of which needs its row["blocks"], or else a thought, then
+    calls where gold has some, or a response. Correctness compares (turn, name). Exact: all right, none refused."""
     gold = [Call((i, call["name"]), call["arguments"]) for i, turn in enumerate(row["gold"]) for call in turn]
     calls = [call if isinstance(call, CallError) else Call((i, call.name), call.arguments)
              for i, text in enumerate(texts) for call in _calls(text)]
@@ -456,10 +447,10 @@ def score_texts(texts, row, refused=0):
     return form, correct, form == 1.0 and same and not refused
 
 def episode_reward(form, correct, progress, scaling="dynamic"):
-    """Format and correctness scores -> reward (ToolRL's, arXiv 2504.13958).
-    static: format in [0, 1], correctness in [-3, 3]. dynamic, with nu = 0.7 progress: format in [-2+2nu, 2-nu]
-    (held outside (-1, 1)), correctness in [-(2+nu), 2+nu] (held within 3). Departure: the paper scales the whole
-    reward, which advantages cancel; like the authors' code (nu = step/150) we scale part against part."""
+    """Format and correctness scores -> reward (ToolRL's, arXiv 2504.13958). static: format in [0, 1],
+    correctness in [-3, 3]. dynamic, nu = 0.7 progress: format in [-2+2nu, 2-nu] held outside (-1, 1),
+    correctness within 2+nu and 3 of 0. Departure: the paper scales the whole reward, which advantages
+    cancel; like the authors' code (nu = step/150) we scale part against part."""
     nu = 0.7 * progress
     if scaling == "static":
         low, high, most = 0.0, 1.0, 3.0
@@ -468,8 +459,8 @@ def episode_reward(form, correct, progress, scaling="dynamic"):
     return low + (high - low) * form + (0.0 if correct is None else most * (2 * correct - 1))
 
 def group_advantages(rewards, scale_by_std=True, delta=1e-4):
-    """rewards float [P, G] -> advantages [P, G], group mean 0; divided by the unbiased std + delta unless
-    Dr. GRPO (arXiv 2503.20783). Equal rewards: exactly 0."""
+    """rewards float [P, G] -> advantages [P, G], group mean 0, divided by the unbiased std + delta
+    unless Dr. GRPO (arXiv 2503.20783). Equal rewards: exactly 0."""
     advantages = rewards - rewards.mean(1, keepdim=True)
     if scale_by_std:
         advantages = advantages / (rewards.std(1, keepdim=True) + delta)
@@ -480,7 +471,7 @@ def group_advantages(rewards, scale_by_std=True, delta=1e-4):
 def loss_scale(mask, weight, aggregation, max_tokens):
     """Factor float [N] that turns a completion's weighted token sum into its share of the loss.
     sequence: 1/(N T_i); constant: 1/(N max_tokens), Dr. GRPO; token: 1/(all weights of the batch).
-    Departure: the authors divide by each micro-batch's own weights, so their gradient depends on its size."""
+    Departure: the authors divide by each micro-batch's own weights: its size changes their gradient."""
     N = len(mask)
     if aggregation == "sequence":
         return 1 / (N * mask.sum(1).clamp(min=1).float())
@@ -489,8 +480,8 @@ def loss_scale(mask, weight, aggregation, max_tokens):
     return (1 / (weight * mask).sum().clamp(min=1e-30)).expand(N)
 
 def policy_loss(logp, logp_old, advantages, weight, mask, scale, clip):
-    """The objective at the top. logp, logp_old, weight float, mask bool [N, T]; advantages, scale float [N] ->
-    scalar. Gradient reaches logp only. A sum, for the means are in `scale`: micro-batches add up."""
+    """The objective at the top. logp, logp_old, weight float, mask bool [N, T]; advantages, scale float
+    [N] -> scalar, a sum: the means are in `scale`, micro-batches add up. Only logp has a gradient."""
     logp_old = logp_old.detach()
     advantages = advantages.detach()[:, None]                            # (N, 1)
     ratio = torch.exp(torch.where(mask, logp - logp_old, 0.0))           # (N, T)
@@ -499,9 +490,9 @@ def policy_loss(logp, logp_old, advantages, weight, mask, scale, clip):
     return -(torch.where(mask, weight.detach() * gain, 0.0).sum(1) * scale).sum()
 
 def update(engine, optimizer, batch, advantages, weight, cfg, on_policy=False):
-    """cfg.passes optimiser steps on a rollout batch; advantages [N], weight [N, T] -> metrics, means of passes.
-    Groups whose advantages are all 0 have no gradient and are not forwarded. A step whose loss or gradient is
-    not finite is skipped and counted. on_policy: raises RuntimeError if the first ratios are not 1."""
+    """cfg.passes optimiser steps on a rollout batch; advantages [N], weight [N, T] -> metrics, means of
+    passes. Groups whose advantages are all 0 are not forwarded; a step whose loss or gradient is not
+    finite is skipped and counted. on_policy: raises RuntimeError if the first ratios are not 1."""
     device = batch.tokens.device
     parameters = [p for p in engine.model.parameters() if p.requires_grad]
     scale = loss_scale(batch.sampled, weight, cfg.aggregation, cfg.max_completion_tokens)  # (N,)
@@ -532,8 +523,8 @@ def update(engine, optimizer, batch, advantages, weight, cfg, on_policy=False):
         loss, clipped, kl, count, norm = torch.cat([sums, norm[None]]).tolist()  # the one wait of a pass
         clipped, kl = clipped / max(count, 1), kl / max(count, 1)
         if on_policy and number == 0 and kl > engine.tolerance:
-            raise RuntimeError(f"update and rollout disagree about the same policy (KL {kl:.1e}): its forward "
-                               "is random (dropout, router noise) or depends on padding, so ratios would be wrong")
+            raise RuntimeError(f"update and rollout disagree about the same policy (KL {kl:.1e}): its "
+                               "forward is random (dropout, router noise) or padding changes it: ratios would be wrong")
         if math.isfinite(loss) and math.isfinite(norm):
             optimizer.step()
         else:
@@ -551,8 +542,8 @@ def learning_rate(cfg, step):
 # ---- one step, and evaluation ----
 
 def train_step(engine, chat, optimizer, rows, cfg, step, toolbox_for=None, clock=None):
-    """One ResT step on cfg.prompts rows -> (metrics, Rollout, weight [N, T]). clock(name), if given, is called
-    after each phase: rollout, reward, update."""
+    """One ResT step on cfg.prompts rows -> metrics, Rollout, weight [N, T]. clock(name) is called after
+    each phase: rollout, reward, update."""
     clock = clock or (lambda name: None)
     progress = step / cfg.steps
     batch = rollout(engine, chat, rows, cfg, seed=cfg.seed * 1_000_003 + step, toolbox_for=toolbox_for)
@@ -560,7 +551,7 @@ def train_step(engine, chat, optimizer, rows, cfg, step, toolbox_for=None, clock
     batch.region, batch.covers = token_regions(batch, chat)
     weight = WEIGHTS[cfg.method](batch, cfg, progress)                                  # (N, T)
     batch.scores = score_batch(batch)
-    rewards = [episode_reward(form, correct, progress, cfg.reward_scaling) for form, correct, _ in batch.scores]
+    rewards = [episode_reward(*score[:2], progress, cfg.reward_scaling) for score in batch.scores]
     rewards = torch.tensor(rewards, device=batch.tokens.device).view(-1, batch.group)   # (P, G)
     batch.advantages = group_advantages(rewards, cfg.method != "dr-grpo", cfg.delta).flatten()
     clock("reward")
@@ -574,7 +565,7 @@ def train_step(engine, chat, optimizer, rows, cfg, step, toolbox_for=None, clock
     return metrics | batch_metrics(batch, rewards, weight), batch, weight
 
 def batch_metrics(batch, rewards, weight):
-    """Means over the batch, fetched from the device at once; H_ in nats and w_ by the paper's regions."""
+    """Means over the batch, fetched from the device at once; H_ (nats) and w_ by paper region."""
     silent = batch.advantages.view(rewards.shape).eq(0).all(1)
     values = {"reward": rewards.mean(), "zero_groups": silent.float().mean(),
               "truncated": batch.truncated.float().mean(), "tokens": batch.sampled.sum() / len(batch.sampled)}
@@ -591,7 +582,7 @@ def score_batch(batch):
             for i, (texts, refused) in enumerate(zip(batch.texts, batch.refused))]
 
 def mean_scores(scores):
-    """Shares over episodes; correctness over those whose gold answer has calls, None if none has."""
+    """Shares over episodes; correctness over those whose gold has calls, None if none has."""
     forms, corrects, exacts = zip(*scores)
     corrects = [c for c in corrects if c is not None]
     return {"exact": sum(exacts) / len(exacts), "format": sum(forms) / len(forms),
@@ -599,8 +590,8 @@ def mean_scores(scores):
 
 def evaluate(engine, chat, rows, cfg, greedy=False, samples=1, seed=0, batch_rows=64, toolbox_for=None,
              on_batch=None):
-    """Exact-call rate, format, correctness and mean sampled tokens over rows: {category: {n, exact, format,
-    correct, tokens}}, key "all" last. Greedy, or `samples` completions per row at cfg.temperature."""
+    """{category: {n, exact, format, correct, tokens}}, means over the rows' episodes, "all" last:
+    greedy, or `samples` completions per row at cfg.temperature."""
     seen = {}  # category -> [(scores of an episode, its sampled tokens)]
     for start in range(0, len(rows), batch_rows):
         part = rows[start:start + batch_rows]
@@ -644,7 +635,7 @@ class Call:
 
 @dataclass
 class Block:
-    """<kind>inner</kind> at text[start:end]; an unclosed block runs to the end of the text."""
+    """<kind>inner</kind> at text[start:end]; unclosed, it runs to the end of the text."""
     kind: str
     start: int
     end: int
@@ -653,9 +644,9 @@ class Block:
     calls: list   # [(Call | MalformedCall, start, end, {key: (value, start, end)})]
 
 def parse_calls(text):
-    """All calls of a completion in order, a MalformedCall in place of an unreadable one; never raises. They are
-    copies: a tool may change what it is given.
-    >>> parse_calls('<think>a</think><tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>')
+    """All calls of a completion in order, a MalformedCall for an unreadable one; never raises. Copies: a
+    tool may change what it is given.
+    >>> parse_calls('<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>')
     [Call(name='f', arguments={'x': 1})]
     """
     return copy.deepcopy(_calls(text))
@@ -665,8 +656,9 @@ def _calls(text):
 
 @lru_cache(maxsize=4096)
 def split_blocks(text):
-    """The blocks of a completion in order, read only: one scan for parser, reward and regions. A thought ends at
-    the first </think>, whatever it mentions; calls end at the first </tool_call> outside a JSON string.
+    """A completion's blocks in order, read only: one scan for parser, reward and regions. A thought ends
+    at the first </think>, whatever it mentions; calls end at the first </tool_call> outside a JSON
+    string.
     >>> [(b.kind, b.closed) for b in split_blocks("<think>use <tool_call>?</think><response>no")]
     [('think', True), ('response', False)]
     """
@@ -687,10 +679,7 @@ def split_blocks(text):
     return blocks
 
 def label_chars(text):
-    """The region of every character, a bytearray as long as the text; total on any input.
-    >>> list(label_chars('<think>a</think>')[6:9])
-    [0, 4, 0]
-    """
+    """The region of every character, a bytearray as long as the text; total on any input."""
     label = bytearray(SCAFFOLD if c.isspace() else TEXT for c in text)
 
     def fill(start, end, region):
@@ -738,8 +727,8 @@ def _to_call(fields):
     return MalformedCall('a call needs a "name" and one object of "arguments" (or "parameters")')
 
 def scan_object(text, start):
-    """The JSON object at text[start:]: {key: (value, start, end)}, its end, an error text or None. A member that
-    breaks off has end = None: its characters have a region too."""
+    """The JSON object at text[start:]: {key: (value, start, end)}, its end, an error text or None. A
+    member that breaks off has end None: its characters have a region too."""
     call = text[start:start + MAX_CHARS] + "\0"  # not JSON: whatever is open ends there
     call = HALF_PAIR.sub(lambda match: match[1] or r"\ufffd", call)  # as long: positions stay
     fields = {}
@@ -799,10 +788,10 @@ def same_value(a, b):
 # ---- appendix: tool executor ----
 
 def execute(calls, functions, timeout=2.0, max_chars=1000):
-    """Run a turn's calls in order -> (a text per call for the model, calls refused, calls that failed).
-    functions: {name: callable(**arguments)}, which check their arguments and raise InvalidArguments, or
-    ValueError with a sentence for the model; anything else is the user's bug and logged once. Model text is only
-    ever data. A call may take `timeout` seconds, a turn four times that; then its thread is abandoned."""
+    """Run a turn's calls in order -> a text per call for the model, calls refused, calls that failed.
+    functions: {name: callable(**arguments)}, which raise InvalidArguments, or ValueError with a sentence
+    for the model; anything else is the user's bug, logged once. Model text is only ever data. A call may
+    take `timeout` seconds, a turn four times that; then its thread is abandoned."""
     texts = []
     refused = failed = 0
     deadline = time.monotonic() + 4 * timeout
@@ -822,7 +811,7 @@ def execute(calls, functions, timeout=2.0, max_chars=1000):
         texts.append(text if len(text) <= max_chars else text[:max_chars] + " … (cut)")
     return texts, refused, failed
 
-_warn_once = lru_cache(log.warning)
+_warn_once = lru_cache(logging.getLogger("rest").warning)
 
 def _run(call, functions, outcome):
     # writes the result as text, or the exception, to outcome[0]
@@ -846,18 +835,17 @@ def _run(call, functions, outcome):
         outcome[0] = error
 
 def offered(row, box):
-    """The functions of an episode's box that its row offers, or all where it lists none. Raises ValueError."""
+    """The functions of a box that the row offers, or all where it lists none. Raises ValueError."""
     names = [tool["function"]["name"] for tool in row["tools"]] or list(box.functions)
-    missing = [name for name in names if not callable(box.functions.get(name))]
-    if missing:
+    if missing := [name for name in names if not callable(box.functions.get(name))]:
         raise ValueError(f"the toolbox has no function for the tools offered: {', '.join(missing)}")
     return {name: box.functions[name] for name in names}
 
 # ---- appendix: how a row becomes tokens ----
 
 class Chat:
-    """What the algorithm asks of a tokenizer, by its own chat template: only prompts, and what follows a tool's
-    answer, are tokenised here. toy_tools/chat.py has the hardened one."""
+    """What the algorithm asks of a tokenizer, by its own chat template: only prompts, and what follows a
+    tool's answer, are tokenised. toy_tools/chat.py has the hardened one."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -865,13 +853,12 @@ class Chat:
         self.text = lru_cache(None)(lambda token: self.decode([token]))  # of one id, for regions
 
     def prompt(self, row):
-        """Prompt ids, and the ids of a forced beginning of the completion (mostly empty)."""
-        prompt, opening = self.render(row["messages"], row["tools"])
-        return self.encode(prompt), self.encode(opening)
+        """Prompt ids, and the ids of a forced beginning of the completion (mostly none)."""
+        return tuple(map(self.encode, self.render(row["messages"], row["tools"])))
 
     def reply(self, row, results, last):
-        """Ids that follow a turn whose last token was `last` when tools have answered: their turns and the next
-        header; and a forced beginning of the next turn."""
+        """Ids that follow a turn whose last token was `last` when tools have answered, up to the next
+        turn; and a forced beginning of that."""
         mark = "\u2016turn\u2016"
         turn = {"role": "assistant", "content": mark}
         answers = [{"role": "tool", "content": text} for text in results]
@@ -880,7 +867,7 @@ class Chat:
         return ids[ids[:1] == [last]:], self.encode(opening)  # the template's end token was sampled already
 
     def render(self, messages, tools):
-        """The template's text up to the completion, and "<think>" if the template itself opens it."""
+        """The template's text up to the completion; "<think>" if the template itself opens it."""
         text = self.tokenizer.apply_chat_template(
             messages, tools=tools or None, tokenize=False, add_generation_prompt=True)
         cut = re.search(r"(<think>\s*)?\Z", text).start()
