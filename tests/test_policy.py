@@ -5,14 +5,16 @@ import inspect
 import json
 import random
 import re
+import sys
 
 import pytest
 import torch
-from conftest import CALL, ROW, byte_tokenizer, opened_template, qwen3, roll
-from transformers import GPT2Config, GPT2LMHeadModel
+from conftest import CALL, ROW, by_text, byte_tokenizer, opened_template, qwen3, roll
+from transformers import AutoModelForCausalLM, FalconConfig, GPT2Config, GPT2LMHeadModel, MixtralConfig
 
 import rest
-from toy_tools import chat, policy, schema, tasks, tools
+import train_small
+from toy_tools import chat, fast, policy, schema, tasks, tools
 
 
 # ----------------------------------------------------------------------------------- the warm start
@@ -270,3 +272,146 @@ def test_gradient_checkpointing_forwards_every_layer_again(tmp_path):
         assert metrics["grad_norm"] > 0
         calls[on] = len(seen)
     assert calls == {False: 1, True: 2}
+
+
+SHAPE = {"vocab_size": 265, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+RANDOM = {
+    "dropout in the layer": FalconConfig(**SHAPE, hidden_dropout=0.5, attention_dropout=0.5),
+    "router noise": MixtralConfig(**SHAPE, num_local_experts=4, router_jitter_noise=0.5, attention_dropout=0.5),
+    "dropout modules": GPT2Config(vocab_size=265, n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.5, resid_pdrop=0.5)}
+
+
+def saved(folder, model):
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def batch_of(model):
+    return roll(model, byte_tokenizer(), [ROW], rest.Config(group=2, prompts=1, max_completion_tokens=8))
+
+
+@pytest.mark.parametrize("kind", RANDOM)
+def test_gradient_checkpointing_makes_nothing_random(tmp_path, kind):
+    """It needs layers in training mode, in which dropout and router noise would be drawn: the same
+    log-probabilities and gradients as without it."""
+    torch.manual_seed(0)
+    saved(tmp_path, AutoModelForCausalLM.from_config(RANDOM[kind]))
+    gradients = []
+    for on in (False, True):
+        model, _ = policy.load_model(tmp_path, gradient_checkpointing=on)
+        assert any(module.training for module in model.modules()) == on
+        engine = fast.engine(model)  # refuses what is random
+        batch = batch_of(model)
+        logp = engine.logps(batch, [0, 1], 1.0)
+        assert torch.allclose(logp[batch.sampled], batch.logp[batch.sampled], atol=1e-4)
+        engine.backward(logp[batch.sampled].sum())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert torch.allclose(*gradients, atol=1e-4 * float(gradients[0].abs().max()))
+
+
+# ------------------------------------------------------------------------------------------ adapters
+
+def adapted(folder, rank=2, **options):
+    """A loaded model with an adapter whose second matrices are no longer zero, so that it does something."""
+    torch.manual_seed(1)
+    model, tokenizer = policy.load_model(folder, lora_rank=rank, **options)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+    return model, tokenizer
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=torch.arange(9)[None]).logits
+
+
+def test_only_the_adapter_is_trained_and_prompts_are_shared_through_it(tmp_path):
+    """The shared engine's gradients of the adapter are the plain one's; a step moves it and nothing else."""
+    pytest.importorskip("peft")
+    saved(tmp_path, qwen3())
+    model, tokenizer = adapted(tmp_path)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 7 * 2 and all("lora_" in name for name in trained)  # A and B, seven layers, two blocks
+    engine = fast.engine(model)
+    assert type(engine) is fast.SharedEngine
+    batch = batch_of(model)
+    found = []
+    for each in (engine, rest.Engine(model)):
+        logp = each.logps(batch, [0, 1], 1.0)
+        each.backward((logp * torch.tensor([[1.0], [-2.0]]))[batch.sampled].sum())
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+        assert all(p.grad is None for name, p in model.named_parameters() if name not in trained)
+        model.zero_grad(set_to_none=True)
+    assert found[0].norm() > 0 and torch.allclose(*found, atol=1e-4 * float(found[0].abs().max()))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    losses = policy.warm_start(model, tokenizer, numbered(4), 4, 4, 1e-2, progress=False)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == trained and losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_is_saved_alone_loaded_back_and_merged(tmp_path, dtype, monkeypatch):
+    """Exactly: adapters are float32 whatever their base. The base is found from another folder, too."""
+    pytest.importorskip("peft")
+    saved(tmp_path / "base", qwen3())
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = adapted("base", dtype=dtype, gradient_checkpointing=True)
+    model.save_pretrained(tmp_path / "run" / "checkpoint")
+    tokenizer.save_pretrained(tmp_path / "run" / "checkpoint")
+    assert not (tmp_path / "run" / "checkpoint" / "model.safetensors").exists()
+    monkeypatch.chdir(tmp_path.parent)
+    again, _ = policy.load_model(tmp_path / "run", dtype)
+    assert torch.equal(logits(again), logits(model)) and not any(m.training for m in again.modules())
+    a, b = ({n: p for n, p in m.named_parameters() if p.requires_grad} for m in (model, again))
+    assert a.keys() == b.keys() and all(p.dtype == torch.float32 and torch.equal(p, b[n]) for n, p in a.items())
+    base, _ = policy.load_model(tmp_path / "base", dtype)
+    assert not torch.allclose(logits(base), logits(model), atol=0.1)
+    policy.merge(tmp_path / "run", tmp_path / "merged")
+    merged, _ = policy.load_model(tmp_path / "merged")
+    whole, _ = policy.load_model(tmp_path / "run")
+    assert type(merged) is type(base) and torch.allclose(logits(merged), logits(whole), atol=1e-4)
+
+
+def test_a_run_with_an_adapter_can_be_resumed_and_used(tmp_path, capsys, monkeypatch):
+    """--lora-rank through the script: warm start, steps, checkpoint, more steps, evaluation by --model."""
+    pytest.importorskip("peft")
+    saved(tmp_path / "base", qwen3())
+    monkeypatch.setattr(rest, "score_texts", by_text)  # else a random policy scores 0 throughout, and nothing moves
+    weights = (tmp_path / "base" / "model.safetensors").read_bytes()
+    common = ["--model", str(tmp_path / "base"), "--lora-rank", "2", "--output-dir", str(tmp_path), "--name", "run",
+              "--prompts", "2", "--group", "2", "--max-completion-tokens", "8", "--train-rows", "8",
+              "--warm-start-steps", "1", "--eval-rows", "2", "--learning-rate", "1e-2"]
+    train_small.main([*common, "--steps", "1"])
+    adapter = tmp_path / "run" / "checkpoint" / "adapter_model.safetensors"
+    assert not (tmp_path / "run" / "checkpoint" / "model.safetensors").exists()
+    assert (tmp_path / "base" / "model.safetensors").read_bytes() == weights
+    once = adapter.read_bytes()
+    train_small.main([*common, "--steps", "2", "--resume"])
+    assert "steps 1 to 2" in capsys.readouterr().out and adapter.read_bytes() != once
+    train_small.main(["--eval-only", "--model", str(tmp_path / "run"), "--eval-rows", "2",
+                      "--max-completion-tokens", "8"])
+    assert "exact" in capsys.readouterr().out
+
+
+def test_adapters_that_cannot_be_had_are_one_sentence(tmp_path, monkeypatch):
+    """No peft, another rank, a base that is gone, nothing to merge."""
+    pytest.importorskip("peft")
+    saved(tmp_path / "base", qwen3())
+    with pytest.raises(ValueError, match="has no adapter to merge"):
+        policy.merge(tmp_path / "base", tmp_path / "out")
+    adapted(tmp_path / "base")[0].save_pretrained(tmp_path / "run")
+    with pytest.raises(ValueError, match="has rank 2, not 4"):
+        policy.load_model(tmp_path / "run", lora_rank=4)
+    policy.load_model(tmp_path / "run", lora_rank=2)  # its own tokenizer is not needed: the base has one
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=f"run is an adapter of {tmp_path}/base: cannot load"):
+        policy.load_model(tmp_path / "run")
+    with pytest.raises(ValueError, match="from which it can be loaded again"):
+        policy.load_model("x.gguf", lora_rank=2)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match="pip install peft"):
+        policy.load_model(tmp_path / "elsewhere", lora_rank=2)

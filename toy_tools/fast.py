@@ -438,10 +438,11 @@ def why_not_shared(model):
     if not getattr(causal, "_supports_attention_backend", False):
         return "its attention cannot be replaced"
     config = causal.config.get_text_config()
-    if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
-        return "not all of its layers have full attention"
+    kinds = set(getattr(config, "layer_types", None) or [])
     windows = [name for name in WINDOWS if getattr(config, name, None)]
-    if windows and getattr(config, "use_sliding_window", True):
+    if kinds - {"full_attention"}:
+        return "not all of its layers have full attention"
+    if windows and not kinds and getattr(config, "use_sliding_window", True):
         return f"its attention has a {windows[0]}"
     if own_head(model) is None:
         return "its logits are more than its output layer's (they are scaled or capped)"
