@@ -489,10 +489,9 @@ def test_pooling_a_checkpoint_with_itself_changes_no_estimate(tokenizer, tmp_pat
         found[sketch] = signal.measure(point, tmp_path / f"sketch{sketch}", 8, ("rest",), sketch, bar)
     for name in signal.COORDINATES:
         exact, same, rough = (K["gram"][name] for K in found.values())
-        norms = exact.diagonal(dim1=0, dim2=2).diagonal().sqrt().T  # (R, n) -> (n, R)
         norms = exact.flatten(0, 1).flatten(1, 2).diagonal().sqrt()
         error = (rough - exact).flatten(0, 1).flatten(1, 2).abs() / (norms[:, None] * norms).clamp(min=1e-12)
-        assert 0 < float(error.max()) < 8 / 64
+        assert 0 < float(error.max()) < 16 / 64
         close(same, exact, rtol=1e-4, atol=float(1e-5 * exact.abs().max()))
     single, double = signal.table([found[0]], 50), signal.table([found[0]] * 2, 50)
     for a, b in zip(single, double):
