@@ -19,7 +19,7 @@ READ = ("method", "reward_scaling", "raw_weight", "min_entropy", "alpha_format",
 def to_dataset(rows, chat):
     """Single-step rows -> datasets.Dataset: prompt, a text by the rest.Chat; opening, with which its template
     begins completions; row, as JSON, since Arrow would fill in None. Raises ValueError."""
-    bos = chat.tokenizer.bos_token if chat.tokenizer("")["input_ids"] else ""  # TRL's call will add it
+    bos = chat.tokenizer("")["input_ids"] and chat.tokenizer.bos_token or ""  # TRL's call will add it
     table = []
     for number, row in enumerate(rows, 1):
         prompt, opening = chat.render(row["messages"], row["tools"])
