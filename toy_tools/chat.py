@@ -115,7 +115,7 @@ class TemplateChat(rest.Chat):
         return ids, self.encode(opening)
 
     def encode(self, text):
-        return super().encode(rest.SURROGATE.sub("\ufffd", text))
+        return super().encode(re.sub("[\ud800-\udfff]", "\ufffd", text))  # halves of surrogate pairs
 
     def render(self, messages, tools):
         """See rest.Chat. Raises ValueError for roles that the template refuses."""
