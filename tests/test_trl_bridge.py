@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CALL, ROW, byte_tokenizer, opened_template, qwen3, write_rows
+from conftest import CALL, ROW, opened_template, qwen3, write_rows
 
 trl = pytest.importorskip("trl", reason="pip install trl")
 import rest
@@ -29,7 +29,13 @@ LOSSES = {"grpo": "sequence", "dapo": "token", "bnpo": "token", "dr_grpo": "cons
 TEXTS = [CALL, CALL.replace("2}", "3}"), CALL.replace("</think>", ""), CALL[:40], "<response>it is 3</response>",
          CALL + "\n<response>3</response>", "<think>hm</think><response>No tool.</response>"]
 ROWS = [{**ROW, "messages": [{"role": "user", "content": text}]} for text in ("1+2?", "one and two", "add 1, 2")]
+VOCAB = 400
 BETWEEN = "\n<|im_start|>tool\n3<|im_end|>\n<|im_start|>assistant\n"
+
+
+def make_tokenizer():
+    """The embedded policy's, of these texts: tokens of several letters, some of which touch two regions."""
+    return policy.build_tokenizer(3 * [json.dumps(ROWS), *TEXTS, BETWEEN], VOCAB)
 
 
 def completion(chat, number, forced):
@@ -48,9 +54,9 @@ def numbered(completion_ids, prompts, **_):
     return [zlib.crc32(repr((ids, prompt)).encode()) % 7 / 3 for ids, prompt in zip(completion_ids, prompts)]
 
 
-def make_trainer(folder, method="rest", chat=None, rows=ROWS, forced=True, model=None, cfg=None, **options):
+def make_trainer(folder, method="rest", chat=None, rows=ROWS, forced=True, model=None, **options):
     """A ResTTrainer of a tiny model, whose completions are prescribed by their place in the global batch."""
-    chat = chat or TemplateChat(byte_tokenizer())
+    chat = chat or TemplateChat(make_tokenizer())
 
     def roll(prompts, trainer):
         first = trainer.accelerator.process_index * len(prompts)
@@ -68,7 +74,7 @@ def make_trainer(folder, method="rest", chat=None, rows=ROWS, forced=True, model
             "max_steps": 10, "optim": "sgd", "learning_rate": LR, "lr_scheduler_type": "constant",
             "max_grad_norm": 1e9, "shuffle_dataset": False, "seed": SEED, **more, **options})
     return trl_bridge.ResTTrainer(
-        model or qwen3(), chat, cfg or rest.Config(method=method), args=args,
+        model or qwen3(VOCAB), chat, method, args=args,
         train_dataset=trl_bridge.to_dataset(rows, chat),
         **{"reward_funcs": numbered, "rollout_func": roll, **keep})
 
@@ -176,7 +182,7 @@ def test_every_method_is_rests(at_step_4, method):
     noise = 0.3 * (2 * torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) - 1)
     rewards = torch.tensor(numbered(batch_ids(batch), [x["prompt"] for x in samples(trainer)])).view(P, G)
     advantages = rest.group_advantages(rewards).flatten()
-    logp = batch.logp
+    batch.logp = batch.logp + noise
     for loss_type, aggregation in LOSSES.items():
         trainer.loss_type = loss_type
         out = trainer._generate_and_score_completions(samples(trainer))
@@ -184,11 +190,10 @@ def test_every_method_is_rests(at_step_4, method):
         if aggregation == "token":  # TRL divides by tokens
             share = weight * batch.sampled.sum() / weight.sum()
         assert torch.allclose(out["advantages"], advantages[:, None] * share, atol=2e-4)
-        batch.logp = out["old_per_token_logps"] = logp + noise
+        out["old_per_token_logps"] = batch.logp
         loss, gradient = theirs(trainer, out)
         expected, reference = ours(trainer.model, batch, advantages, weight, aggregation)
         assert close(gradient, reference, 1e-4) and loss == pytest.approx(expected, rel=1e-4, abs=1e-6)
-        batch.logp = logp
 
 
 def batch_ids(batch):
@@ -218,7 +223,7 @@ def test_rows_keep_their_shape(tmp_path):
     other = {**ROW, "gold": [[{"name": "add", "arguments": {"a": -1, "b": 7}}] * 2], "category": "two"}
     quiet = {"messages": ROW["messages"], "gold": [[]]}
     rows = data.load_rows(write_rows(tmp_path / "rows.jsonl", [ROW, other, quiet]))
-    chat = TemplateChat(byte_tokenizer(), "Think first.")
+    chat = TemplateChat(make_tokenizer(), "Think first.")
     table = trl_bridge.to_dataset(rows, chat)
     assert list(map(json.loads, table["row"])) == rows
     for row, text in zip(rows, table["prompt"]):
@@ -226,12 +231,12 @@ def test_rows_keep_their_shape(tmp_path):
         assert ("add(a: integer, b: integer)" in text and "Think first." in text) == bool(row["tools"])
 
 
-def score(chat, cfg, row, texts, step=0, ended=True):
+def score(chat, scaling, row, texts, step=0, ended=True):
     """(rewards, what is logged) of completions of one row by trl_bridge.reward."""
     record = trl_bridge.to_dataset([row], chat)[0]
     ids = [chat.encode(text) + [chat.tokenizer.eos_token_id] * ended for text in texts]
     logged = []
-    rewards = trl_bridge.reward(chat, cfg)(
+    rewards = trl_bridge.reward(chat, scaling)(
         prompts=[record["prompt"]] * len(ids), completions=texts, completion_ids=ids,
         opening=[record["opening"]] * len(ids), row=[record["row"]] * len(ids),
         trainer_state=SimpleNamespace(global_step=step, max_steps=10), log_metric=lambda *pair: logged.append(pair))
@@ -242,8 +247,8 @@ def score(chat, cfg, row, texts, step=0, ended=True):
 @pytest.mark.parametrize("ended", [True, False])
 def test_the_reward_is_rests(scaling, ended):
     """Rule reward at the progress of TRL's own state, of completions that end and of those that were cut."""
-    chat = TemplateChat(byte_tokenizer())
-    rewards, logged = score(chat, rest.Config(reward_scaling=scaling), ROW, TEXTS, 6, ended)
+    chat = TemplateChat(make_tokenizer())
+    rewards, logged = score(chat, scaling, ROW, TEXTS, 6, ended)
     scores = [rest.score_texts([text], ROW) for text in TEXTS]
     assert rewards == [rest.episode_reward(*parts[:2], 0.6, scaling) for parts in scores]
     assert len(set(rewards)) > 3 and logged["exact"] == 1 / len(TEXTS)
@@ -251,10 +256,10 @@ def test_the_reward_is_rests(scaling, ended):
 
 def test_a_thought_that_the_template_opens_belongs_to_the_completion(tmp_path, monkeypatch):
     """The prompt ends with <think>: what follows is thought, in the reward and in the regions, in every turn."""
-    chat = TemplateChat(opened_template(byte_tokenizer()))
+    chat = TemplateChat(opened_template(make_tokenizer()))
     texts = [text.removeprefix("<think>") for text in TEXTS]
     whole = [rest.score_texts([text], ROW) for text in TEXTS[:4]]
-    rewards, _ = score(chat, rest.Config(), ROW, texts[:4])
+    rewards, _ = score(chat, "dynamic", ROW, texts[:4])
     assert rewards == [rest.episode_reward(*parts[:2], 0.0) for parts in whole]
     monkeypatch.setattr(sys.modules[__name__], "TEXTS", texts)
     monkeypatch.setattr(sys.modules[__name__], "BETWEEN", BETWEEN + "<think>")
@@ -283,7 +288,7 @@ def watch(monkeypatch):
 def test_the_tokenizers_own_first_token_does_not_stand_twice():
     """Templates that write it and tokenizers that add it: the text leaves it to the tokenizer."""
     from tokenizers.processors import TemplateProcessing
-    tokenizer = byte_tokenizer()
+    tokenizer = make_tokenizer()
     tokenizer.bos_token = "<|im_start|>"
     tokenizer.chat_template = tokenizer.bos_token + tokenizer.chat_template
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -297,7 +302,7 @@ def test_the_tokenizers_own_first_token_does_not_stand_twice():
 @pytest.mark.parametrize("eos", [None, "<|pad|>"])
 def test_trl_stops_where_the_chat_says_a_turn_ends(tmp_path, eos):
     """Another id that ends turns, known to the model's generation_config alone, ends completions and is a tag."""
-    model, tokenizer = qwen3(), byte_tokenizer()
+    model, tokenizer = qwen3(VOCAB), make_tokenizer()
     other = tokenizer.convert_tokens_to_ids("<|im_start|>")
     model.generation_config.eos_token_id = [other]
     chat = TemplateChat(tokenizer, model=model)
@@ -309,17 +314,15 @@ def test_trl_stops_where_the_chat_says_a_turn_ends(tmp_path, eos):
 # ------------------------------------------------------------------------------------------------- what is refused
 
 def test_what_cannot_be_right_is_refused_in_a_sentence(tmp_path):
-    """Live dialogues, prompts that TRL would tokenise otherwise, options of rest.Config that TRL has its own of, Dr.
-    GRPO by half."""
-    chat = TemplateChat(byte_tokenizer())
-    with pytest.raises(ValueError, match="row 2 is a live dialogue"):
+    """Live dialogues, prompts that TRL would tokenise otherwise, unknown methods, Dr. GRPO by half."""
+    chat = TemplateChat(make_tokenizer())
+    with pytest.raises(ValueError, match="row 2 is live"):
         trl_bridge.to_dataset([ROW, {**ROW, "gold": ROW["gold"] + [[]]}], chat)
     chat.encode = lambda text: [7] * len(text)
     with pytest.raises(ValueError, match="row 1: its prompt is other tokens"):
         trl_bridge.to_dataset([ROW], chat)
-    for wrong in ({"temperature": 0.7}, {"group": 4}, {"aggregation": "token"}):
-        with pytest.raises(ValueError, match="GRPOConfig"):
-            make_trainer(tmp_path, cfg=rest.Config(**wrong))
+    with pytest.raises(ValueError, match="method must be one of"):
+        make_trainer(tmp_path, "best")
     with pytest.raises(ValueError, match="scale_rewards"):
         make_trainer(tmp_path, "dr-grpo", scale_rewards="group")
 
@@ -379,7 +382,7 @@ def test_a_step_of_trls_loop_is_a_step_of_ours(alone, number):
     """Through its shuffling, its micro-batches and its accumulation, plain gradient descent moves the weights as
     rest.update does."""
     loss_type, method = CASES[number]
-    model, chat = qwen3(), TemplateChat(byte_tokenizer())
+    model, chat = qwen3(VOCAB), TemplateChat(make_tokenizer())
     batch, weight = as_rollout(model, chat, method, 0)
     prompts = [text for text in trl_bridge.to_dataset(ROWS, chat)["prompt"] for _ in range(G)]
     rewards = torch.tensor(numbered(batch_ids(batch), prompts)).view(P, G)
@@ -416,8 +419,9 @@ def test_lora_moves_the_adapter_only(tmp_path):
     before = {name: p.clone() for name, p in model.named_parameters()}
     chat = TemplateChat(tokenizer, model=model)
     trainer = make_trainer(
-        tmp_path, chat=chat, rows=rows, model=model, max_steps=2, max_completion_length=12, rollout_func=None,
-        reward_funcs=[trl_bridge.reward(chat, rest.Config()), numbered],
+        tmp_path, chat=chat, rows=rows, model=model, max_steps=2, max_completion_length=6,
+        per_device_train_batch_size=G, rollout_func=None,
+        reward_funcs=[trl_bridge.reward(chat), numbered],
         peft_config=peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     trainer.train()
     adapter = {name: p for name, p in trainer.model.named_parameters() if "lora" in name}
