@@ -434,7 +434,8 @@ def format_score(text, required):
 def score_texts(texts, row, refused=0):
     """Of an episode's turns: format in [0, 1], correctness in [0, 1] or None without gold calls, exact
     or not. Format is the mean over turns, each of which needs its row["blocks"], or else a thought, then
-    calls where gold has some, or a response. Correctness compares (turn, name). Exact: all right, none refused."""
+    calls where gold has some, or a response. Correctness compares (turn, name). Exact: all is right and
+    no call was refused."""
     gold = [Call((i, call["name"]), call["arguments"]) for i, turn in enumerate(row["gold"]) for call in turn]
     calls = [call if isinstance(call, CallError) else Call((i, call.name), call.arguments)
              for i, text in enumerate(texts) for call in _calls(text)]
@@ -523,8 +524,9 @@ def update(engine, optimizer, batch, advantages, weight, cfg, on_policy=False):
         loss, clipped, kl, count, norm = torch.cat([sums, norm[None]]).tolist()  # the one wait of a pass
         clipped, kl = clipped / max(count, 1), kl / max(count, 1)
         if on_policy and number == 0 and kl > engine.tolerance:
-            raise RuntimeError(f"update and rollout disagree about the same policy (KL {kl:.1e}): its "
-                               "forward is random (dropout, router noise) or padding changes it: ratios would be wrong")
+            raise RuntimeError(
+                f"update and rollout disagree about the same policy (KL {kl:.1e}): its forward is random "
+                "(dropout, router noise) or depends on padding, so ratios would be wrong")
         if math.isfinite(loss) and math.isfinite(norm):
             optimizer.step()
         else:
