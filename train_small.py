@@ -468,7 +468,8 @@ def explain_sample(run, cfg, device):
     learner = load_policy(run, cfg, device)
     row = rows[cfg.seed % len(rows)]
     check_prompts("training", run.data, [row], learner, cfg)
-    print(explain.explain(learner.engine, learner.chat, row, cfg, sys.stdout.isatty()))
+    paint = show.paint if sys.stdout.isatty() else None
+    print(explain.explain(learner.engine, learner.chat, row, cfg, paint))
 
 
 # ---------------------------------------------------------------------------------- evaluation alone

@@ -35,7 +35,8 @@ def picture(folder, out, method=""):
         parts.append(f'<rect x="{x}" y="{y - 11}" width="12" height="12" rx="2" fill="{colour}"/>')
         parts.append(text(x + 18, y, name, "#57606a"))
         x += 30 + CHAR * len(name) + 12
-    parts.append(text(x, y, "darker: heavier; below a token its weight, 1 is GRPO", "#57606a"))
+    y += 24
+    parts.append(text(MARGIN, y, "the darker the heavier; below is the weight w of the tokens, 1 is GRPO", "#57606a"))
     width = int(2 * MARGIN + WIDTH * CHAR)
     body = "\n".join(parts)
     Path(out).write_text(
