@@ -571,6 +571,27 @@ def test_pooling_a_checkpoint_with_itself_changes_no_estimate(tokenizer, tmp_pat
             assert a[key] == pytest.approx(b[key], rel=1e-6, nan_ok=True), key
 
 
+def test_adamw_coordinates_have_unit_mean_square(tokenizer, tmp_path, monkeypatch):
+    """Before the first step v is the mean square of the clipped gradients, so in AdamW's coordinates these have
+    a mean square of 1 in every coordinate that has a gradient; half-way it is the mean root of v."""
+    monkeypatch.setattr(rest, "score_texts", by_text)
+    run = make_run(tmp_path / "a", tokenizer)
+    point = signal.load(run, 0, run / "kept" / "step0", signal.parse([str(run), *SMALL]))
+    seen = []
+    original = signal.second_moment
+    monkeypatch.setattr(signal, "second_moment", lambda *args: seen.append(original(*args)) or seen[-1])
+    gram = signal.measure(point, tmp_path / "out", 8, (), 0, signal.tqdm(disable=True))["gram"]
+    (v, eps), = seen
+    square = {name: K.sum((1, 3)).diagonal() for name, K in gram.items()}      # ||g_i||^2, [8]
+    clipped = (point.cfg.max_grad_norm ** 2 / square["plain"]).clamp(max=1.0)
+    assert float(clipped.min()) < 0.9  # else clipping is not seen here
+    used = (v / (v.sqrt() + eps) ** 2).double().sum()
+    assert float(used) > 1000
+    close((clipped * square["plain"]).mean(), v.double().sum(), rtol=1e-3, atol=0)
+    close((clipped * square["half-adamw"]).mean(), (v / (v.sqrt() + eps)).double().sum(), rtol=1e-3, atol=0)
+    close((clipped * square["adamw"]).mean(), used, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("args, words", [
     (["--batches", "4"], "at least 8"), (["--methods", "magic"], "unknown method magic"),
     (["--steps", "7"], "it has those of 0, 3, 4"), (["--prompts", "500"], "lower --prompts"),
