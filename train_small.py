@@ -307,6 +307,7 @@ def begin(folder, learner, rows, test, run, cfg):
     learner.optimizer = make_optimizer(learner.model, cfg)
     options = {"config": asdict(cfg), "run": asdict(run), "torch": torch.__version__}
     options["rows"] = digest(rows, test)
+    options["instructions"] = learner.chat.instructions
     options["lengths"] = [[0, cfg.steps]]  # from which step on the run had how many
     runs.write_json(folder / "config.json", options)
     save(folder, learner, 0, run)
