@@ -74,7 +74,7 @@ class ResTTrainer(trl.GRPOTrainer):
         for name, value in rest.batch_metrics(batch, on[:, :1], weight).items():
             if name[:2] in ("H_", "w_"):  # the others are TRL's
                 self._metrics["train" if self.model.training else "eval"][name].append(value)
-        if self.loss_type in ("dapo", "bnpo", "cispo", "vespo"):  # divided by tokens; "token" is by weights
+        if self.loss_type in ("dapo", "bnpo", "cispo", "vespo"):  # over tokens, "token" is over weights
             weight = weight * on.sum() / weight.sum().clamp(min=1e-30)
         out["advantages"] = out["advantages"][:, None] * weight[self.accelerator.process_index * n:][:n, :T]
         return out
