@@ -213,6 +213,15 @@ def test_metrics_are_ours(at_step_4):
     trainer.model.eval()
 
 
+def test_an_evaluation_before_training_is_at_progress_0(at_step_4):
+    """TRL knows no number of steps then."""
+    trainer = at_step_4
+    trainer.state.global_step = trainer.state.max_steps = 0
+    trainer.loss_type, trainer.cfg = "grpo", rest.Config()
+    out = trainer._generate_and_score_completions(samples(trainer))
+    assert torch.allclose(out["advantages"], rolled_out().advantages[:, None] * weights("rest", 0), atol=2e-4)
+
+
 # ---------------------------------------------------------------------------------------------- data and reward
 
 def test_rows_keep_their_shape(tmp_path):
@@ -404,8 +413,8 @@ def test_two_processes_give_what_one_gives(alone, tmp_path):
 
 
 def test_lora_moves_the_adapter_only(tmp_path):
-    """Two real steps of the embedded policy, without its warm start, with a LoRA adapter, generation included: its own weights stay as they
-    were, bit for bit, the adapter's do not."""
+    """Two real steps of the embedded policy, without its warm start, with a LoRA adapter, generation included: its
+    own weights stay as they were, bit for bit, the adapter's do not."""
     peft = pytest.importorskip("peft", reason="pip install peft")
     rows = [step for row in tasks.make_rows(8) for step in tasks.decompose(row)]
     tokenizer = policy.build_tokenizer([json.dumps(row) for row in rows], 512)
@@ -432,13 +441,14 @@ def test_the_readmes_script_runs_as_printed(tmp_path):
     """One step of it, with its own options but for their sizes, on a row of the README's kind."""
     pytest.importorskip("peft", reason="pip install peft")
     texts = [path.read_text() for path in (ROOT / "README.md", ROOT / "results/trl.md") if path.exists()]
-    code, = {block for text in texts for block in re.findall(r"```python\n(.*?)```", text, re.S) if "trl_bridge" in block}
+    blocks = {block for text in texts for block in re.findall(r"```python\n(.*?)```", text, re.S)}
+    code, = [block for block in blocks if "trl_bridge" in block]
     (tmp_path / "mine.py").write_text(code + "\nprint(trainer.state.log_history[0]['rewards/reward/mean'])")
     write_rows(tmp_path / "rows.jsonl", [ROW])
     make_model().save_pretrained(tmp_path / "DIR")
     make_tokenizer().save_pretrained(tmp_path / "DIR")
-    words = ("--model_name_or_path DIR --output_dir runs/trl --max_steps 1 --loss_type grpo --num_generations 2 --use_cpu "
-             "--per_device_train_batch_size 2 --max_completion_length 5 --learning_rate 1e-6 --bf16 False "
+    words = ("--model_name_or_path DIR --output_dir runs/trl --max_steps 1 --loss_type grpo --num_generations 2 "
+             "--use_cpu --per_device_train_batch_size 2 --max_completion_length 5 --learning_rate 1e-6 --bf16 False "
              "--report_to none --save_strategy no --use_peft --lora_r 2 --lora_target_modules all-linear")
     done = subprocess.run([sys.executable, "mine.py", *words.split()], cwd=tmp_path, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=300)
