@@ -10,6 +10,8 @@ import re
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -74,7 +76,7 @@ def make_trainer(folder, method="rest", chat=None, rows=ROWS, forced=True, model
             "max_steps": 10, "optim": "sgd", "learning_rate": LR, "lr_scheduler_type": "constant",
             "max_grad_norm": 1e9, "shuffle_dataset": False, "seed": SEED, **more, **options})
     return trl_bridge.ResTTrainer(
-        model or qwen3(VOCAB), chat, method, args=args,
+        model or make_model(), chat, method, args=args,
         train_dataset=trl_bridge.to_dataset(rows, chat),
         **{"reward_funcs": numbered, "rollout_func": roll, **keep})
 
@@ -84,35 +86,41 @@ def samples(trainer):
     return [row for row in trainer.train_dataset for _ in range(G)]
 
 
-def as_rollout(model, chat, method, step, forced=True, rows=ROWS):
-    """(Rollout with regions, weight) of the same completions: entropies and log-probabilities by a forward of each
-    sequence alone, turns by the place of the tool's answer."""
-    N = len(rows) * G
-    pairs = [completion(chat, i, forced) for i in range(N)]
-    width = max(len(ids) for ids, _ in pairs)
-    prompts = [chat.prompt(row)[0] for row in rows]
-    tokens, sampled, logp, entropy, turns = [], [], [], [], []
+def make_model():
+    return qwen3(VOCAB, layers=1)
+
+
+@lru_cache
+def rolled_out():
+    """The Rollout of the same completions, with regions: entropies and log-probabilities by a forward of each sequence
+    alone, turns by the place of the tool's answer."""
+    model, chat = make_model(), TemplateChat(make_tokenizer())
+    prompts = [chat.prompt(row)[0] for row in ROWS]
+    pairs = [completion(chat, i, True) for i in range(P * G)]
+    shape = P * G, max(len(ids) for ids, _ in pairs)
+    tokens, sampled = torch.zeros(shape).long(), torch.zeros(shape).bool()
+    logp, entropy = torch.zeros(shape), torch.zeros(shape)
+    turns = []
     for i, (ids, mask) in enumerate(pairs):
+        n, ids = len(ids), torch.tensor(ids)
         with torch.no_grad():
-            logits = model(torch.tensor([prompts[i // G] + ids])).logits[0, -len(ids) - 1:-1] / T_HOT
-        log_p = logits.double().log_softmax(-1)
-        pad = [0] * (width - len(ids))
-        on = torch.tensor(mask + pad).bool()
-        tokens.append(torch.tensor(ids + pad))
-        sampled.append(on)
-        spread = torch.zeros(2, width)
-        spread[0, :len(ids)] = log_p.gather(1, torch.tensor(ids)[:, None])[:, 0]
-        spread[1, :len(ids)] = -(log_p.exp() * log_p).sum(-1)
-        logp.append(spread[0] * on)
-        entropy.append(spread[1] * on)
-        cut = mask.index(0) if 0 in mask else len(ids)
-        turns.append([(0, cut)] + ([(len(ids) - mask[::-1].index(0), len(ids))] if cut < len(ids) else []))
-    tokens, sampled, logp, entropy = map(torch.stack, (tokens, sampled, logp, entropy))
-    length = torch.tensor([len(ids) for ids, _ in pairs])
-    batch = rest.Rollout(rows, prompts, G, tokens, sampled, logp, entropy, length, torch.zeros(N).bool(), turns, None)
+            logits = model(torch.tensor([prompts[i // G] + ids.tolist()])).logits[0, -n - 1:-1]
+        log_p = (logits.double() / T_HOT).log_softmax(-1)
+        tokens[i, :n], sampled[i, :n] = ids, torch.tensor(mask).bool()
+        logp[i, :n], entropy[i, :n] = log_p.gather(1, ids[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+        first, last = mask.index(0) if 0 in mask else n, n - mask[::-1].index(0) if 0 in mask else n
+        turns.append([(0, first), (last, n)] if last < n else [(0, first)])
+    batch = rest.Rollout(ROWS, prompts, G, tokens, sampled, logp * sampled, entropy * sampled,
+                         torch.tensor([len(ids) for ids, _ in pairs]), torch.zeros(P * G).bool(), turns, None)
     batch.region, batch.covers = rest.token_regions(batch, chat)
-    cfg = rest.Config(method=method, steps=10, seed=SEED)
-    return batch, rest.WEIGHTS[method](batch, cfg, step / 10)
+    texts = [text for text in trl_bridge.to_dataset(ROWS, chat)["prompt"] for _ in range(G)]
+    rewards = torch.tensor(numbered([ids for ids, _ in pairs], texts)).view(P, G)
+    batch.advantages = rest.group_advantages(rewards).flatten()
+    return batch
+
+
+def weights(method, step):
+    return rest.WEIGHTS[method](rolled_out(), rest.Config(method=method, steps=10, seed=SEED), step / 10)
 
 
 class Recorder(torch.optim.SGD):
@@ -140,11 +148,11 @@ def theirs(trainer, out):
     return loss.item(), flat(p.grad for p in trainer.model.parameters())
 
 
-def ours(model, batch, advantages, weight, aggregation):
+def ours(model, batch, weight, aggregation):
     """(loss, gradient) of rest.update."""
     cfg = rest.Config(aggregation=aggregation, temperature=T_HOT, max_completion_tokens=ROOM, max_grad_norm=1e9)
     optimizer = Recorder(model.parameters(), lr=0.0)
-    metrics = rest.update(rest.Engine(model), optimizer, batch, advantages, weight, cfg)
+    metrics = rest.update(rest.Engine(model), optimizer, batch, batch.advantages, weight, cfg)
     return metrics["loss"], optimizer.grads
 
 
@@ -178,26 +186,18 @@ def test_every_method_is_rests(at_step_4, method):
     completions, tool answers between turns, clipped ratios, T != 1 and the curriculum at 0.4."""
     trainer = at_step_4
     trainer.cfg = rest.Config(method=method)
-    batch, weight = as_rollout(trainer.model, trainer.chat, method, 4)
+    batch, weight = rolled_out(), weights(method, 4)
     noise = 0.3 * (2 * torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) - 1)
-    rewards = torch.tensor(numbered(batch_ids(batch), [x["prompt"] for x in samples(trainer)])).view(P, G)
-    advantages = rest.group_advantages(rewards).flatten()
-    batch.logp = batch.logp + noise
+    earlier = replace(batch, logp=batch.logp + noise)
+    expected = {how: ours(trainer.model, earlier, weight, how) for how in set(LOSSES.values())}
     for loss_type, aggregation in LOSSES.items():
         trainer.loss_type = loss_type
         out = trainer._generate_and_score_completions(samples(trainer))
-        share = weight
-        if aggregation == "token":  # TRL divides by tokens
-            share = weight * batch.sampled.sum() / weight.sum()
-        assert torch.allclose(out["advantages"], advantages[:, None] * share, atol=2e-4)
-        out["old_per_token_logps"] = batch.logp
-        loss, gradient = theirs(trainer, out)
-        expected, reference = ours(trainer.model, batch, advantages, weight, aggregation)
-        assert close(gradient, reference, 1e-4) and loss == pytest.approx(expected, rel=1e-4, abs=1e-6)
-
-
-def batch_ids(batch):
-    return [ids[:n] for ids, n in zip(batch.tokens.tolist(), batch.length.tolist())]
+        share = weight * batch.sampled.sum() / weight.sum() if aggregation == "token" else weight  # TRL counts tokens
+        assert torch.allclose(out["advantages"], batch.advantages[:, None] * share, atol=2e-4)
+        out["old_per_token_logps"] = earlier.logp
+        (loss, gradient), (same, reference) = theirs(trainer, out), expected[aggregation]
+        assert close(gradient, reference, 1e-4) and loss == pytest.approx(same, rel=1e-4, abs=1e-6)
 
 
 def test_metrics_are_ours(at_step_4):
@@ -207,12 +207,19 @@ def test_metrics_are_ours(at_step_4):
     trainer._metrics["train"].clear()
     trainer.model.train()
     trainer._generate_and_score_completions(samples(trainer))
-    batch, weight = as_rollout(trainer.model, trainer.chat, "rest", 4)
-    batch.advantages = torch.zeros(P * G)
-    for name, value in rest.batch_metrics(batch, torch.zeros(P, G), weight).items():
+    for name, value in rest.batch_metrics(rolled_out(), torch.zeros(P, G), weights("rest", 4)).items():
         if name[:2] in ("H_", "w_"):
             assert trainer._metrics["train"][name] == [pytest.approx(value, rel=1e-4)]
     trainer.model.eval()
+
+
+def test_an_evaluation_before_training_is_at_progress_0(at_step_4):
+    """TRL knows no number of steps then."""
+    trainer = at_step_4
+    trainer.state.global_step = trainer.state.max_steps = 0
+    trainer.loss_type, trainer.cfg = "grpo", rest.Config()
+    out = trainer._generate_and_score_completions(samples(trainer))
+    assert torch.allclose(out["advantages"], rolled_out().advantages[:, None] * weights("rest", 0), atol=2e-4)
 
 
 # ---------------------------------------------------------------------------------------------- data and reward
@@ -382,11 +389,7 @@ def test_a_step_of_trls_loop_is_a_step_of_ours(alone, number):
     """Through its shuffling, its micro-batches and its accumulation, plain gradient descent moves the weights as
     rest.update does."""
     loss_type, method = CASES[number]
-    model, chat = qwen3(VOCAB), TemplateChat(make_tokenizer())
-    batch, weight = as_rollout(model, chat, method, 0)
-    prompts = [text for text in trl_bridge.to_dataset(ROWS, chat)["prompt"] for _ in range(G)]
-    rewards = torch.tensor(numbered(batch_ids(batch), prompts)).view(P, G)
-    _, gradient = ours(model, batch, rest.group_advantages(rewards).flatten(), weight, LOSSES[loss_type])
+    _, gradient = ours(make_model(), rolled_out(), weights(method, 0), LOSSES[loss_type])
     assert close(alone[number][0], gradient, 1e-3)
 
 
@@ -410,8 +413,8 @@ def test_two_processes_give_what_one_gives(alone, tmp_path):
 
 
 def test_lora_moves_the_adapter_only(tmp_path):
-    """Two real steps of the embedded policy, without its warm start, with a LoRA adapter, generation included: its own weights stay as they
-    were, bit for bit, the adapter's do not."""
+    """Two real steps of the embedded policy, without its warm start, with a LoRA adapter, generation included: its
+    own weights stay as they were, bit for bit, the adapter's do not."""
     peft = pytest.importorskip("peft", reason="pip install peft")
     rows = [step for row in tasks.make_rows(8) for step in tasks.decompose(row)]
     tokenizer = policy.build_tokenizer([json.dumps(row) for row in rows], 512)
@@ -427,10 +430,30 @@ def test_lora_moves_the_adapter_only(tmp_path):
     adapter = {name: p for name, p in trainer.model.named_parameters() if "lora" in name}
     base = {name.replace("base_model.model.", "").replace(".base_layer", ""): p
             for name, p in trainer.model.named_parameters() if "lora" not in name}
-    assert base.keys() == before.keys() and all(torch.equal(base[name], before[name]) for name in before)
+    assert base.keys() == before.keys()
+    assert all(torch.equal(base[name], before[name]) for name in before)
     assert adapter and all(p.ne(0).any() for p in adapter.values())
     first, second = trainer.state.log_history[:2]
     assert first["rewards/reward/mean"] < 0 and {"exact", "H_thought", "w_thought"} <= second.keys()
+
+
+def test_the_readmes_script_runs_as_printed(tmp_path):
+    """One step of it, with its own options but for their sizes, on a row of the README's kind."""
+    pytest.importorskip("peft", reason="pip install peft")
+    texts = [path.read_text() for path in (ROOT / "README.md", ROOT / "results/trl.md") if path.exists()]
+    blocks = {block for text in texts for block in re.findall(r"```python\n(.*?)```", text, re.S)}
+    code, = [block for block in blocks if "trl_bridge" in block]
+    (tmp_path / "mine.py").write_text(code + "\nprint(trainer.state.log_history[0]['rewards/reward/mean'])")
+    write_rows(tmp_path / "rows.jsonl", [ROW])
+    make_model().save_pretrained(tmp_path / "DIR")
+    make_tokenizer().save_pretrained(tmp_path / "DIR")
+    words = ("--model_name_or_path DIR --output_dir runs/trl --max_steps 1 --loss_type grpo --num_generations 2 "
+             "--use_cpu --per_device_train_batch_size 2 --max_completion_length 5 --learning_rate 1e-6 --bf16 False "
+             "--report_to none --save_strategy no --use_peft --lora_r 2 --lora_target_modules all-linear")
+    done = subprocess.run([sys.executable, "mine.py", *words.split()], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert float(done.stdout.split()[-1]) < 0  # no completion of five random tokens is right
 
 
 if __name__ == "__main__":
