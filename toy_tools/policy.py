@@ -29,7 +29,9 @@ START = Path(__file__).parent / "start"  # the warm-started policy of seed 0, wh
 TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<response>", "</response>"]
 CHAT_TEMPLATE = (  # tools as signatures, name(param: type, ...): description, a third of the tokens that JSON schemas take
     "{% if tools %}{% for tool in tools %}{% set f = tool.function %}{{ f.name }}("
-    "{% for name, p in f.parameters.properties.items() %}{{ name }}: {{ p.type }}{% if p.enum %} {{ p.enum | join('|') }}{% endif %}"
+    "{% for name, p in ((f.parameters or {}).properties or {}).items() %}{{ name }}"
+    "{% if p.type %}: {{ p.type if p.type is string else p.type | join('|') }}{% endif %}"
+    "{% if p.enum %} {{ p.enum | join('|') }}{% endif %}"
     "{% if not loop.last %}, {% endif %}{% endfor %}): {{ f.description }}\n{% endfor %}{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -100,7 +102,7 @@ def noisy_demonstration(row, rng, noise):
 def copying(tokenizer, rng):
     """(ids, mask) of a lesson: one request and its call, without tools, chat format or thought."""
     call, user = tasks.request(tasks.Draw(rng, "train"), rng.choice(list(tools.TOOLS)))
-    prompt, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (user + "\n", json.dumps(call)))
+    prompt, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (user + "\n", json.dumps(call, ensure_ascii=False)))
     return prompt + answer + [tokenizer.eos_token_id], [False] * len(prompt) + [True] * (len(answer) + 1)
 
 
@@ -127,7 +129,7 @@ def demonstrations(seed, count, noise, mask_names):
     return [(row, noisy_demonstration(row, rng, noise)) for row in rows], rng
 
 
-def recipe(seed, steps, batch, learning_rate, noise, mask_names):
+def recipe(seed=0, steps=WARM_START_STEPS, batch=32, learning_rate=3e-3, noise=0.22, mask_names=False):
     """All that decides what a warm start learns, but for the libraries: its options, and a digest of what tools, tasks,
     lessons and template make of them."""
     pairs, rng = demonstrations(seed, 200, noise, mask_names)
@@ -150,16 +152,13 @@ def digest(folder):
 
 
 def tiny_policy(seed=0, steps=WARM_START_STEPS, batch=32, learning_rate=3e-3, noise=0.22, mask_names=False, device="cpu",
-                progress=True, shipped=True):
-    """(model, tokenizer) of the embedded policy after its warm start: the one in toy_tools/start if that was made by the
-    same recipe (and `shipped` allows it), else one that is made now and kept under $REST_CACHE (default ~/.cache/rest).
+                progress=True):
+    """(model, tokenizer) of the embedded policy after its warm start, kept under $REST_CACHE (default ~/.cache/rest).
 
     A pretrained model can copy words and see whether something is listed; a random one learns this slowest, and soonest
     from short texts that hold nothing else. So half as many steps of lessons come first, then `steps` of imperfect
     demonstrations."""
     wanted = recipe(seed, steps, batch, learning_rate, noise, mask_names)
-    if shipped and (START / "start.json").exists() and json.loads((START / "start.json").read_text())["recipe"] == wanted:
-        return read_start()
     sources = [inspect.getsource(module) for module in (rest, schema, tools, tasks, chat, inspect.getmodule(tiny_policy))]
     key = json.dumps([wanted, versions(), sources], sort_keys=True)
     folder = Path(os.environ.get("REST_CACHE", "~/.cache/rest")).expanduser() / hashlib.sha256(key.encode()).hexdigest()[:16]
@@ -185,17 +184,22 @@ def tiny_policy(seed=0, steps=WARM_START_STEPS, batch=32, learning_rate=3e-3, no
     return model, tokenizer
 
 
-def write_start(folder, **options):
+def write_start(folder, progress=True, **options):
     """Make a warm-started policy and write it as the repository's: bfloat16 weights, tokenizer, and start.json, which says
     by which recipe, libraries and command it was made and what each file's checksum is."""
     folder = Path(folder)
-    options = {"seed": 0, "steps": WARM_START_STEPS, "batch": 32, "learning_rate": 3e-3, "noise": 0.22, "mask_names": False} | options
-    model, tokenizer = tiny_policy(**options, shipped=False)
+    model, tokenizer = tiny_policy(**options, progress=progress)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     about = {"command": "python -m toy_tools.policy toy_tools/start", "recipe": recipe(**options),
              "versions": versions(), "files": digest(folder)}
     (folder / "start.json").write_text(json.dumps(about, indent=1) + "\n")
+
+
+def is_shipped(**options):
+    """Whether the repository's start is what a warm start with these options of `recipe` would make."""
+    file = START / "start.json"
+    return file.exists() and json.loads(file.read_text())["recipe"] == recipe(**options)
 
 
 def read_start(folder=START):
@@ -256,16 +260,14 @@ def warm_start(model, tokenizer, pairs, steps, batch=8, learning_rate=2e-4, seed
                progress=True):
     """Supervised steps on pairs (row, completion text): cross entropy on the completion and its end-of-turn token.
     Returns the losses."""
-    talk = chat.TemplateChat(tokenizer, instructions)
+    talk = chat.TemplateChat(tokenizer, instructions, model)
     rng = random.Random(seed)
     epochs = -(-steps * batch // len(pairs))
     order = [i for _ in range(epochs) for i in rng.sample(range(len(pairs)), len(pairs))]
 
     def sequence(i):
-        row, text = pairs[i]
-        prompt, forced = talk.prompt(row)
-        target = talk.encode(text)[len(forced):] + [tokenizer.eos_token_id]
-        return prompt + forced + target, [False] * len(prompt + forced) + [True] * len(target)
+        given, learnt = talk.target(*pairs[i])
+        return given + learnt, [False] * len(given) + [True] * len(learnt)
 
     def sequences(step):
         return [sequence(i) for i in order[step * batch:(step + 1) * batch]]
