@@ -418,6 +418,8 @@ def why_refused(model):
     try:
         with torch.no_grad():  # in the mode that the update finds
             twice = [rest.Engine(model).logps(batch, [0, 1], 1.0) for _ in range(2)]
+        if twice[0].isnan().any():
+            return "its logits are not finite: its weights have diverged, or need --dtype float32"
         if not torch.equal(*twice):
             return "its forward is random (dropout, router noise): call model.eval()"
         wrong = distance(look(rest.Engine(model), batch), own_rows(model, batch), batch, model)
