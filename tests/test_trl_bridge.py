@@ -28,7 +28,8 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # rollout_func, with which complet
 ROOT = Path(__file__).resolve().parent.parent
 P, G, ROOM, T_HOT, LR, SEED, STEPS = 3, 4, 300, 0.7, 0.5, 3, 3
 LOSSES = {"grpo": "sequence", "dapo": "token", "bnpo": "token", "dr_grpo": "constant"}
-TEXTS = [CALL, CALL.replace("2}", "3}"), CALL.replace("</think>", ""), CALL[:40], "<response>it is 3</response>",
+TEXTS = [CALL, CALL.replace("2}", "3}"), CALL.replace('": ', '":'),  # where `":{"` is one token of two regions
+         CALL.replace("</think>", ""), CALL[:40], "<response>it is 3</response>",
          CALL + "\n<response>3</response>", "<think>hm</think><response>No tool.</response>"]
 ROWS = [{**ROW, "messages": [{"role": "user", "content": text}]} for text in ("1+2?", "one and two", "add 1, 2")]
 VOCAB = 400
@@ -306,15 +307,16 @@ def test_the_tokenizers_own_first_token_does_not_stand_twice():
     assert tokenizer.bos_token_id in ids and ids == chat.prompt(ROW)[0]
 
 
-@pytest.mark.parametrize("eos", [None, "<|pad|>"])
-def test_trl_stops_where_the_chat_says_a_turn_ends(tmp_path, eos):
-    """Another id that ends turns, known to the model's generation_config alone, ends completions and is a tag."""
-    model, tokenizer = qwen3(VOCAB), make_tokenizer()
+@pytest.mark.parametrize("known", [True, False])
+def test_trl_stops_where_the_chat_says_a_turn_ends(tmp_path, known):
+    """Another id that ends turns, known to the model's generation_config or to the chat alone, ends completions."""
+    model, tokenizer = make_model(), make_tokenizer()
     other = tokenizer.convert_tokens_to_ids("<|im_start|>")
-    model.generation_config.eos_token_id = [other]
+    model.generation_config.eos_token_id = [other] if known else None
     chat = TemplateChat(tokenizer, model=model)
+    chat.end_ids.add(other)
     trainer = make_trainer(tmp_path, chat=chat, model=model)
-    assert set(trainer.eos_token_ids) == chat.end_ids == {tokenizer.eos_token_id, other}
+    assert set(trainer.eos_token_ids) == {tokenizer.eos_token_id, other} == chat.end_ids
     assert set(trainer.generation_config.eos_token_id) == chat.end_ids
 
 
