@@ -504,20 +504,6 @@ def test_what_one_row_alone_breaks_is_named_by_its_roles_and_tools(bring):
         talk.reply(ROW, ["3"], talk.end_id)
 
 
-def test_a_prompt_that_fills_the_context_is_refused(bring):
-    """By its tokens; one less has room for one token."""
-    brought = bring(CHATML)
-    tokens = len(chat.TemplateChat(brought).prompt(ROW)[0])
-    model = qwen3(len(brought))
-    for context, fits in ((tokens + 1, True), (tokens, False)):
-        model.config.max_position_embeddings = context
-        talk = chat.TemplateChat(brought, model=model)
-        if fits:
-            assert len(talk.prompt(ROW)[0]) == tokens
-        else:
-            with pytest.raises(ValueError, match=f"a prompt of {tokens} tokens leaves no room"):
-                talk.prompt(ROW)
-
 
 def test_what_is_found_is_said_once(bring, caplog):
     """A training run makes several chats of one tokenizer."""

@@ -61,22 +61,10 @@ class TemplateChat(rest.Chat):
         self._find_header()
         self._find_end(model)
         self._look_back()
-        config = getattr(model, "config", None)
-        config = config and config.get_text_config()
-        self.context = getattr(config, "max_position_embeddings", None) or float("inf")  # tokens
         for note in self.notes:
             _warn_once(note)
 
     # ---- a row's tokens ----
-
-    def prompt(self, row):
-        """See rest.Chat. Raises ValueError, too, for a prompt that fills the model's context."""
-        prompt, opening = super().prompt(row)
-        tokens = len(prompt) + len(opening)
-        if tokens >= self.context:
-            raise ValueError(f"a prompt of {tokens} tokens leaves no room in the model's context of "
-                             f"{self.context}: shorten the row or leave it out")
-        return prompt, opening
 
     def target(self, row, text):
         """What a supervised step learns: (ids given, ids to learn) of the completion `text` for the row.

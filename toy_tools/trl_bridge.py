@@ -44,7 +44,7 @@ class ResTTrainer(trl.GRPOTrainer):
     def __init__(self, model, chat, method="rest", **options):
         self.chat, self.cfg = chat, rest.Config(method=method)
         if not trl.__version__.startswith("1.16."):
-            rest.log.warning(f"ResT was tested on trl 1.16, not {trl.__version__}: pip install 'trl==1.16.*'")
+            rest._warn_once(f"ResT was tested on trl 1.16, not {trl.__version__}: pip install 'trl==1.16.*'")
         model.generation_config.eos_token_id = sorted(chat.end_ids)
         super().__init__(model, processing_class=chat.tokenizer, **{"reward_funcs": reward(chat), **options})
         if method == "dr-grpo" and self.scale_rewards != "none":
