@@ -32,7 +32,7 @@ TEXTS = [CALL, CALL.replace("2}", "3}"), CALL.replace('": ', '":'),  # where `":
          CALL.replace("</think>", ""), CALL[:40], "<response>it is 3</response>",
          CALL + "\n<response>3</response>", "<think>hm</think><response>No tool.</response>"]
 ROWS = [{**ROW, "messages": [{"role": "user", "content": text}]} for text in ("1+2?", "one and two", "add 1, 2")]
-VOCAB = 400
+VOCAB = 430
 BETWEEN = "\n<|im_start|>tool\n3<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -259,7 +259,7 @@ def test_the_reward_is_rests(scaling, ended):
     rewards, logged = score(chat, scaling, ROW, TEXTS, 6, ended)
     scores = [rest.score_texts([text], ROW) for text in TEXTS]
     assert rewards == [rest.episode_reward(*parts[:2], 0.6, scaling) for parts in scores]
-    assert len(set(rewards)) > 3 and logged["exact"] == 1 / len(TEXTS)
+    assert len(set(rewards)) > 3 and logged["exact"] == 2 / len(TEXTS)
 
 
 def test_a_thought_that_the_template_opens_belongs_to_the_completion(tmp_path, monkeypatch):

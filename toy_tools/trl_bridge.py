@@ -54,7 +54,7 @@ class ResTTrainer(trl.GRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         out = super()._generate_and_score_completions(inputs)
         ids, seen = (torch.cat([out["prompt_" + x], out["completion_" + x]], 1) for x in ("ids", "mask"))
-        mask = out["completion_mask"] * out.get("tool_mask", 1)                                # (n, T)
+        mask = (out["completion_mask"] * out.get("tool_mask", 1)).float()                      # (n, T)
         n, T = mask.shape
         sampled = torch.cat([0 * out["prompt_mask"], mask], 1)                                 # (n, L + T)
         edges = torch.diff(sampled, append=0 * sampled[:, :1])  # turns are runs of 1 behind the opening
