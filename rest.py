@@ -6,10 +6,8 @@
     A_i    = (r_i - group mean) / (group std + delta)   advantage of completion i in its group
     w_it                                                token weight, mean 1 in each completion
 
-ResT is GRPO without the KL term and its reference model, and with one thing added: w. Every sampled
-token lies in a region; a region's weight falls with its mean policy entropy; a curriculum moves weight
-from structure to reasoning while training goes on. w = 1 is plain GRPO.
-
+GRPO without KL and reference model, times w (w = 1 is GRPO). Every sampled token lies in a region, whose
+weight falls with its mean policy entropy; over the run a curriculum moves weight from structure to reasoning.
 One completion and its regions (the paper's "format" is tag and scaffold together):
 
     <think>Oslo, so get_weather.</think>                         tag  thought  tag
@@ -17,7 +15,7 @@ One completion and its regions (the paper's "format" is tag and scaffold togethe
     {"name": "get_weather", "arguments": {"city": "Oslo"}}       scaffold  name  scaffold  params  scaffold
     </tool_call><|im_end|>                                       tag  tag, the end of the turn: trained too
 
-One sample's life, which is the order of this file (P prompts, G completions each, N = P*G, T tokens, V words):
+One sample's life, the order of this file (P prompts, G completions each, N = P*G, T tokens, V words):
 
     row {messages, tools, gold} -> prompt ids               Chat.prompt
     -> tokens, sampled mask, logp_old, entropy     [N, T]   rollout
@@ -27,9 +25,8 @@ One sample's life, which is the order of this file (P prompts, G completions eac
     -> logp with gradient                          [N, T]   Engine.logps
     -> scalar loss -> optimiser step                        policy_loss, update
 
-Behind that: reading calls from text, the tool executor, and `Chat` and `Engine`, plain versions of how a
-row becomes tokens and how the model is run. toy_tools/ has a hardened and a fast one with the same methods.
-Where paper, authors' code and this file differ, the function that differs says so ("Departure").
+Behind that: calls, their execution, `Chat` and `Engine`, of which toy_tools/ has a hardened and a fast one.
+"Departure" says where paper, authors' code and this file differ.
 """
 
 import asyncio
@@ -49,15 +46,13 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-log = logging.getLogger("rest")
-
 # ---- configuration ----
 
 BOUNDS = {"above 0": lambda x: x > 0, "at least 0": lambda x: x >= 0, "at least 1": lambda x: x >= 1,
           "at least 2": lambda x: x >= 2, "in (0, 1)": lambda x: 0 < x < 1, "in (0, 1]": lambda x: 0 < x <= 1}
 
 def knob(default, text, bound=None):
-    """A field with its help text, from which train_small.py makes an option, and what its value must be."""
+    """A field with its help text and its bound, a key of BOUNDS."""
     return field(default=default, metadata={"help": text, "bound": bound})
 
 @dataclass
@@ -66,43 +61,45 @@ class Config:
     method: str = knob("rest", "How tokens are weighted: a name in rest.WEIGHTS.")
     reward_scaling: str = knob("dynamic", "dynamic: parts rescaled with progress; static: ToolRL's.")
     raw_weight: str = knob("one-minus-exp", "one-minus-exp: 1/(1-exp(-H)); inverse: 1/H.")
-    min_entropy: float = knob(0.05, "Entropies are clamped below at this many nats.", "above 0")
-    alpha_format: float = knob(0.5, "How much weight format loses over the run.", "at least 0")
-    alpha_params: float = knob(0.5, "How much weight parameters gain over the run.", "at least 0")
-    alpha_thought: float = knob(0.5, "How much weight thoughts gain over the run.", "at least 0")
-    weight_min: float = knob(0.2, "The format weight does not fall below this.", "at least 0")
-    weight_max: float = knob(5.0, "Parameters and thoughts do not rise above this.", "at least 0")
+    min_entropy: float = knob(0.05, "Lower bound of entropies, in nats.", "above 0")
+    alpha_format: float = knob(0.5, "Weight that format loses in the run.", "at least 0")
+    alpha_params: float = knob(0.5, "Weight that parameters gain in it.", "at least 0")
+    alpha_thought: float = knob(0.5, "Weight that thoughts gain in it.", "at least 0")
+    weight_min: float = knob(0.2, "Lower bound of format's weight.", "at least 0")
+    weight_max: float = knob(5.0, "Upper bound of the two others.", "at least 0")
     top_entropy_fraction: float = knob(0.2, "Share of tokens that top-entropy trains.", "in (0, 1]")
-    steps: int = knob(100, "Optimisation steps; progress is step/steps. 0: warm start only.", "at least 0")
+    steps: int = knob(100, "Steps; progress is step/steps. 0: warm start only.", "at least 0")
     prompts: int = knob(16, "Prompts per step (P).", "at least 1")
-    group: int = knob(8, "Completions per prompt (G), which advantages compare.", "at least 2")
+    group: int = knob(8, "Completions per prompt (G), compared with one another.", "at least 2")
     max_completion_tokens: int = knob(160, "Tokens of an episode, tool results included.", "at least 1")
-    max_turns: int = knob(1, "Turns of an episode; above 1 calls run and results are fed back.", "at least 1")
-    temperature: float = knob(1.0, "Sampling temperature; logp and entropy are of it.", "above 0")
+    max_turns: int = knob(1, "Turns of an episode; above 1, calls run between them.", "at least 1")
+    temperature: float = knob(1.0, "Of sampling, logp and entropy.", "above 0")
     clip: float = knob(0.2, "epsilon of the clipped ratio.", "in (0, 1)")
     delta: float = knob(1e-4, "Added to the group's standard deviation.", "at least 0")
-    aggregation: str = knob("", "sequence, token or constant; empty: constant for dr-grpo, else sequence.")
+    aggregation: str = knob("", "sequence, token or constant; empty: as --method needs.")
     passes: int = knob(1, "Optimiser steps on each rollout batch.", "at least 1")
     micro_batch_tokens: int = knob(4096, "Tokens per forward: memory, not gradient.", "at least 1")
-    learning_rate: float = knob(5e-4, "Peak rate of AdamW; about 1e-6 for a real --model.", "above 0")
-    warmup_steps: int = knob(5, "Linear warm-up; then linear decay to a tenth of the peak.", "at least 0")
+    learning_rate: float = knob(5e-4, "Peak of AdamW's; about 1e-6 for a real --model.", "above 0")
+    warmup_steps: int = knob(5, "Linear warm-up; then linear decay to a tenth.", "at least 0")
     weight_decay: float = knob(0.0, "AdamW weight decay.", "at least 0")
     max_grad_norm: float = knob(1.0, "Gradient norm is clipped to this.", "above 0")
     tool_timeout: float = knob(2.0, "Seconds a tool may take.", "above 0")
     seed: int = knob(0, "Seed of data order and sampling.", "at least 0")
 
     def __post_init__(self):
-        names = {"method": WEIGHTS, "reward_scaling": ("dynamic", "static"), "raw_weight": RAW_WEIGHTS,
-                 "aggregation": ("", "sequence", "token", "constant")}
-        for option in fields(self):
-            name, value, bound = option.name, getattr(self, option.name), option.metadata["bound"]
-            if name in names and value not in names[name]:
-                raise ValueError(f"{name} must be one of {', '.join(filter(None, names[name]))}, not {value!r}")
-            if bound and not (math.isfinite(value) and BOUNDS[bound](value)):
-                raise ValueError(f"{name} must be a number {bound}, not {value}")
-        if self.weight_max < self.weight_min:
-            raise ValueError(f"weight_max, {self.weight_max}, must not lie below weight_min, {self.weight_min}")
         self.aggregation = self.aggregation or ("constant" if self.method == "dr-grpo" else "sequence")
+        names = {"method": WEIGHTS, "reward_scaling": ("dynamic", "static"),
+                 "raw_weight": ("one-minus-exp", "inverse"), "aggregation": ("sequence", "token", "constant")}
+        for option in fields(self):
+            value = getattr(self, option.name)
+            allowed = names.get(option.name, [value])
+            bound = option.metadata["bound"]
+            if value not in allowed:
+                raise ValueError(f"{option.name} must be one of {', '.join(allowed)}, not {value!r}")
+            if bound and not (math.isfinite(value) and BOUNDS[bound](value)):
+                raise ValueError(f"{option.name} must be a number {bound}, not {value}")
+        if self.weight_max < self.weight_min:
+            raise ValueError(f"weight_max, {self.weight_max}, lies below weight_min, {self.weight_min}")
 
 # ---- rollout ----
 
@@ -113,86 +110,82 @@ class Rollout:
     prompts: list                # P lists of prompt ids
     group: int                   # G
     tokens: torch.Tensor         # int64 [N, T], exactly the ids that were sampled or forced
-    sampled: torch.Tensor        # bool [N, T], where the policy chose; tool results and padding are False
+    sampled: torch.Tensor        # bool [N, T], where the policy chose; False at tool results and padding
     logp: torch.Tensor           # float32 [N, T], of the distribution sampled from; 0 where not sampled
-    entropy: torch.Tensor        # float32 [N, T], nats, of the same distribution; 0 where not sampled
+    entropy: torch.Tensor        # float32 [N, T], nats, of the same; 0 where not sampled
     length: torch.Tensor         # int64 [N], sampled and forced tokens
     truncated: torch.Tensor      # bool [N], ran out of max_completion_tokens
     turns: list                  # per episode: [(start, end)] columns of each assistant turn
-    texts: list                  # per episode: the text of each turn, without its end-of-turn token
+    texts: list                  # per episode: each turn's text, without its end-of-turn token
     refused: list = None         # per episode: calls that the executor refused
     tool_errors: int = 0         # calls in which a tool failed
     region: torch.Tensor = None  # int64 [N, T], -1 where not sampled; see token_regions
-    covers: torch.Tensor = None  # bool [N, T, 6]
-    scores: list = None          # N (format, correctness or None, exact), and
-    advantages: torch.Tensor = None  # float [N], both set by train_step
+    covers: torch.Tensor = None  # bool [N, T, 6]; the same
+    scores: list = None          # N (format, correctness or None, exact); see score_texts
+    advantages: torch.Tensor = None  # float [N]
 
 @dataclass
 class Episode:
-    """A completion while it is sampled. If it is live it has turns, between which its tools answer."""
+    """A completion while it is sampled; between its turns its tools answer."""
     row: dict
-    functions: dict                            # {name: callable} of its own box; empty if not live
-    ids: list = field(default_factory=list)    # sampled and forced
-    start: int = 0                             # column where the current turn begins
-    free: int = 0                              # column from which on the policy chooses in it
-    length: int = 0                            # once the episode has ended
+    functions: dict                          # {name: callable} of its own box; empty: no call runs
+    free: int                                # column from which on the policy chooses in this turn
+    start: int = 0                           # column where this turn begins
+    ended: bool = False
+    ids: list = field(default_factory=list)  # sampled and forced
     turns: list = field(default_factory=list)
     texts: list = field(default_factory=list)
     refused: int = 0
     tool_errors: int = 0
 
-    def end_turn(self, chat, end, closed):
-        """The turn ends before column `end`, with an end-of-turn token if `closed`."""
-        self.turns.append((self.start, end))
-        self.texts.append(chat.decode(self.ids[self.start:end - closed]))
-
-    def answer(self, chat, cfg):
-        """Run the last turn's calls -> the ids that follow it and open the next turn; none without calls."""
-        if not self.functions or len(self.turns) == cfg.max_turns:
-            return []
-        calls = parse_calls(self.texts[-1])
+    def end_turn(self, chat, cfg, closed):
+        """The turn ends here, by an end-of-turn token if `closed`, and its calls run -> the ids that
+        follow it and open the next turn; none at the end of the episode."""
+        text = chat.decode(self.ids[self.start:len(self.ids) - closed])
+        self.turns.append((self.start, len(self.ids)))
+        self.texts.append(text)
+        more = closed and self.functions and len(self.turns) < cfg.max_turns
+        calls = parse_calls(text) if more else []
         if not calls:
             return []
         results, refused, errors = execute(calls, self.functions, cfg.tool_timeout)
         self.refused += refused
         self.tool_errors += errors
-        end = self.turns[-1][1]
-        reply, opening = chat.reply(self.row, results, self.ids[end - 1])
-        self.start = end + len(reply)
+        reply, opening = chat.reply(self.row, results, self.ids[-1])
+        self.start = len(self.ids) + len(reply)
         self.free = self.start + len(opening)
         return reply + opening
 
 @torch.no_grad()
 def rollout(engine, chat, rows, cfg, seed=0, group=None, greedy=False, toolbox_for=None):
-    """Sample `group` (default cfg.group) completions for each row -> Rollout, without regions.
-
-    All episodes advance one token a step, sampled or forced: a tool's result passes through the same loop
-    and nothing is ever tokenised again. Each draws from its own uniforms: what it samples does not depend
-    on which others are still there. With cfg.max_turns > 1, toolbox_for(row) gives every episode an object
-    with `.functions`, on which its calls run. Raises ValueError for a box that lacks a tool of its row,
-    FloatingPointError if the policy's logits are not finite."""
-    G = cfg.group if group is None else group
+    """Sample `group` (default cfg.group) completions for each row -> Rollout, without regions. All
+    episodes advance one token a step, sampled or forced: nothing is tokenised twice. Each has its own
+    uniforms: what it samples does not depend on the others. If cfg.max_turns > 1, toolbox_for(row) gives
+    each a box with the `.functions` of its calls. Raises ValueError if one is missing,
+    FloatingPointError if logits are not finite."""
+    G = group or cfg.group
     T = cfg.max_completion_tokens
     N = len(rows) * G
     device = engine.device
-    live = cfg.max_turns > 1 and toolbox_for is not None
-    episodes = [Episode(row, offered(row, toolbox_for(row)) if live else {}) for row in rows for _ in range(G)]
     uniforms = torch.rand(N, T, generator=torch.Generator().manual_seed(seed)).clamp_(max=1 - 1e-6).to(device)
     forced = torch.full((N, T), -1, device=device)  # ids that the policy does not choose; -1: it chooses
-    logp = torch.zeros(N, T, device=device)
-    entropy = torch.zeros(N, T, device=device)
+    logp, entropy = torch.zeros(2, N, T, device=device)
 
     def force(i, ids, column):
         ids = ids[:T - column]
-        forced[i, column:column + len(ids)] = torch.tensor(ids, dtype=torch.long, device=device)
+        if ids:
+            forced[i, column:column + len(ids)] = torch.tensor(ids, device=device)
 
-    encoded = [chat.prompt(row) for row in rows]
-    prompts = [ids for ids, _ in encoded]
-    for i, episode in enumerate(episodes):
-        opening = encoded[i // G][1]
-        episode.free = len(opening)
-        if opening:
-            force(i, opening, 0)
+    prompts = []
+    episodes = []
+    for row in rows:
+        prompt, opening = chat.prompt(row)
+        prompts.append(prompt)
+        for _ in range(G):
+            force(len(episodes), opening, 0)
+            live = toolbox_for is not None and cfg.max_turns > 1
+            functions = offered(row, toolbox_for(row)) if live else {}
+            episodes.append(Episode(row, functions, free=len(opening)))
 
     with engine.sampling():
         slots = list(range(N))                   # which episode each row of the engine's batch is
@@ -200,50 +193,46 @@ def rollout(engine, chat, rows, cfg, seed=0, group=None, greedy=False, toolbox_f
         logits = engine.prefill(prompts, G, T)   # (S, V)
         for t in range(T):
             choice, logp[at, t], entropy[at, t] = sample(logits, uniforms[at, t], cfg.temperature, greedy)
-            plan = forced[at, t]                                # (S,)
-            choice = torch.where(plan < 0, choice, plan)        # (S,)
-            for i, token in zip(slots, choice.tolist()):        # the one wait for the device per token
+            choice = torch.where(forced[at, t] < 0, choice, forced[at, t])     # (S,)
+            for i, token in zip(slots, choice.tolist()):  # the one wait for the device per token
                 episode = episodes[i]
+                if episode.ended:
+                    continue
                 episode.ids.append(token)
-                if token in chat.end_ids and t >= episode.free and not episode.length:
-                    episode.end_turn(chat, t + 1, closed=True)
-                    follow = episode.answer(chat, cfg)
-                    if follow:
-                        force(i, follow, t + 1)
-                    else:
-                        episode.length = t + 1
-            done = [episodes[i].length > 0 for i in slots]
-            if t == T - 1 or all(done):
+                if token in chat.end_ids and t >= episode.free:
+                    follow = episode.end_turn(chat, cfg, closed=True)
+                    force(i, follow, t + 1)
+                    episode.ended = not follow
+            ended = [episodes[i].ended for i in slots]
+            if t == T - 1 or all(ended):
                 break
-            if any(episodes[i].length == t + 1 for i in slots) and (kept := engine.drop(done)) is not None:
+            if (kept := engine.drop(ended)) is not None:
                 slots = [slots[s] for s in kept]
                 at = torch.tensor(slots, device=device)
                 choice = choice[torch.tensor(kept, device=device)]
             logits = engine.step(choice, t)
 
-    truncated = [not episode.length for episode in episodes]
-    for episode in episodes:
-        if not episode.length:
-            episode.length = T
-            if episode.start < T:  # the turn that was cut is scored as it stands
-                episode.end_turn(chat, T, closed=False)
-    length = torch.tensor([episode.length for episode in episodes], device=device)
-    width = max(episode.length for episode in episodes)
-    tokens = [(episode.ids[:episode.length] + [0] * width)[:width] for episode in episodes]
-    inside = torch.arange(width, device=device) < length[:, None]               # (N, width)
+    for e in episodes:
+        if not e.ended and e.start < T:  # the turn that was cut is scored as it stands
+            e.end_turn(chat, cfg, closed=False)
+    length = torch.tensor([len(e.ids) for e in episodes], device=device)
+    width = max(len(e.ids) for e in episodes)
+    tokens = torch.tensor([e.ids + [0] * (width - len(e.ids)) for e in episodes], device=device)
+    inside = torch.arange(width, device=device) < length[:, None]
     sampled = inside & (forced[:, :width] < 0)
-    logp, entropy = (torch.where(sampled, x[:, :width], 0.0) for x in (logp, entropy))
+    logp = torch.where(sampled, logp[:, :width], 0.0)
+    entropy = torch.where(sampled, entropy[:, :width], 0.0)
     if not bool((logp + entropy).isfinite().all()):
         raise FloatingPointError("the policy's logits are not finite: its weights have diverged")
+    truncated = torch.tensor([not e.ended for e in episodes], device=device)
     return Rollout(
-        rows, prompts, G, torch.tensor(tokens, device=device), sampled, logp, entropy, length,
-        torch.tensor(truncated, device=device), [e.turns for e in episodes], [e.texts for e in episodes],
-        [e.refused for e in episodes], sum(e.tool_errors for e in episodes))
+        rows, prompts, G, tokens, sampled, logp, entropy, length, truncated,
+        [e.turns for e in episodes], [e.texts for e in episodes], [e.refused for e in episodes],
+        sum(e.tool_errors for e in episodes))
 
 def sample(logits, uniforms, temperature, greedy=False):
-    """One token per row of softmax(logits / temperature): ids int64 [S], logp and entropy (nats) float32 [S].
-
-    logits [S, V]; uniforms float [S] in [0, 1), by which the cumulative distribution is inverted."""
+    """One token per row of softmax(logits [S, V] / temperature), where its cumulative distribution
+    reaches uniforms [S] in [0, 1): ids int64 [S], logp and entropy (nats) float32 [S]."""
     log_p = F.log_softmax(logits.float() / temperature, -1)   # (S, V)
     p = log_p.exp()                                           # (S, V)
     if greedy:
@@ -257,34 +246,31 @@ def sample(logits, uniforms, temperature, greedy=False):
 
 # ---- regions ----
 
-TAG, SCAFFOLD, NAME, PARAMS, THOUGHT, TEXT = range(6)
 REGIONS = ("tag", "scaffold", "name", "params", "thought", "text")
+TAG, SCAFFOLD, NAME, PARAMS, THOUGHT, TEXT = range(6)
 PAPER_REGIONS = {"format": (TAG, SCAFFOLD), "name": (NAME,), "params": (PARAMS,), "thought": (THOUGHT,),
-                 "text": (TEXT,)}  # the authors' constants tell tags and JSON scaffold apart, the paper does not
+                 "text": (TEXT,)}  # only the authors' constants tell tag and scaffold apart
 
 def tag_regions(pieces):
-    """Per token of one assistant turn, given each id's own text, the regions of its visible characters in
-    order: the first is the token's own. A blank token takes the region it stands in.
-
+    """For each token of a turn, given its own text, the regions of its visible characters in order: the
+    first is its own. A blank token takes the region it stands in.
     >>> tag_regions(['<think>', 'hm', '</think>'])
     [[0], [4], [0]]
     """
     label = label_chars("".join(pieces)) or [TEXT]
     regions = []
-    position = 0
+    pos = 0
     for piece in pieces:
-        visible = [label[position + k] for k, c in enumerate(piece) if not c.isspace()]
-        around = label[min(position, len(label) - 1)]
+        visible = [label[k] for k, c in enumerate(piece, pos) if not c.isspace()]
+        around = label[min(pos, len(label) - 1)]
         regions.append(list(dict.fromkeys(visible)) or [around])
-        position += len(piece)
+        pos += len(piece)
     return regions
 
 def token_regions(batch, chat):
-    """region int64 [N, T], -1 where not sampled, and covers bool [N, T, 6], all regions a token touches.
-
-    Departure: found on the sampled ids themselves; the authors tokenise the decoded text again (their
-    labels shift where the policy's tokens are not the canonical ones) and drop each span's last token.
-    The end-of-turn token is a tag."""
+    """region int64 [N, T], -1 where not sampled; covers bool [N, T, 6], all regions a token touches. The
+    end of a turn is a tag. Departure: on the sampled ids themselves; the authors tokenise the decoded
+    text again, which shifts labels where tokens are not canonical, and drop each span's last token."""
     found = []  # (row, column, region)
     region = torch.full(batch.tokens.shape, -1)
     for i, (ids, turns) in enumerate(zip(batch.tokens.tolist(), batch.turns)):
@@ -295,33 +281,28 @@ def token_regions(batch, chat):
             region[i, start:end] = torch.tensor([own for own, *_ in regions])
             found += [(i, t, r) for t, touched in enumerate(regions, start) for r in touched]
     covers = torch.zeros(*batch.tokens.shape, len(REGIONS), dtype=torch.bool)
-    covers[tuple(torch.tensor(found).view(-1, 3).T)] = True
+    covers[tuple(torch.tensor(found).T)] = True
     region = torch.where(batch.sampled, region.to(batch.sampled.device), -1)
     return region, covers.to(region.device) & batch.sampled[..., None]
 
 # ---- token weights: the heart of ResT ----
 
 def region_entropy(batch):
-    """H_avg float [6]: the mean entropy (nats) of all sampled tokens of a region in the rollout batch; 0
-    for an empty region. Tag and scaffold share the mean of the paper's format region."""
+    """H_avg float [6]: mean entropy (nats) of a region's sampled tokens in the batch, 0 if there are
+    none; one for tag and scaffold, the paper's format."""
     inside = batch.region[..., None] == torch.arange(6, device=batch.region.device)    # (N, T, 6)
-    both = inside[..., TAG] | inside[..., SCAFFOLD]
-    inside = torch.stack([both, both, *inside[..., NAME:].unbind(-1)], -1)
+    inside[..., :NAME] = inside[..., :NAME].any(-1, keepdim=True)                      # tag or scaffold
     total = (inside * batch.entropy.detach()[..., None]).sum((0, 1))                   # (6,)
     return total / inside.sum((0, 1)).clamp(min=1)
 
-RAW_WEIGHTS = {
-    "one-minus-exp": lambda h: 1 / (1 - torch.exp(-h)),  # Theorem 2 with Lemma 2's bound on the score
-    "inverse": lambda h: 1 / h}
-
 def raw_weights(entropy, kind="one-minus-exp", min_entropy=0.05):
-    """Entropies in nats -> weights that fall with entropy: the practical proxy of Theorem 2."""
-    return RAW_WEIGHTS[kind](entropy.clamp(min=min_entropy))
+    """Entropies (nats) -> weights that fall with them: Theorem 2's proxy, by Lemma 2's bound."""
+    h = entropy.clamp(min=min_entropy)
+    return 1 / h if kind == "inverse" else 1 / (1 - torch.exp(-h))
 
 def curriculum(weight, progress, cfg):
     """Weights [6] at progress in [0, 1]: format down, parameters and thought up, the others constant.
-
-    Departure: the paper does not publish its constants; ours are in Config."""
+    Departure: the paper's constants are unpublished; ours are in Config."""
     w = weight.clone()
     for r in PAPER_REGIONS["format"]:
         w[r] = (w[r] - cfg.alpha_format * progress).clamp(min=cfg.weight_min)
@@ -330,9 +311,8 @@ def curriculum(weight, progress, cfg):
     return w
 
 def normalise_weights(weight, mask):
-    """[N, T] weights -> mean 1 over each completion's masked tokens, 0 elsewhere: weights redistribute,
-    they do not rescale. Divided by the maximum first, so that equal weights become exactly 1 (GRPO bit
-    for bit); all-zero rows stay zero."""
+    """Weights [N, T] -> mean 1 over each completion's masked tokens, 0 elsewhere and in all-zero rows.
+    First divided by the maximum: equal weights become exactly 1, GRPO bit for bit."""
     weight = torch.where(mask, weight, 0.0)
     weight = weight / weight.amax(1, keepdim=True).clamp(min=1e-30)
     mean = weight.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
@@ -340,35 +320,28 @@ def normalise_weights(weight, mask):
 
 def region_weights(batch, cfg, progress):
     """ResT's weight of each region [6]: raw weights of the region entropies, then the curriculum.
-
-    Departure: raw weights are divided by their token mean over the batch, so that the curriculum's
-    constants mean the same at any entropy."""
+    Departure: raw weights are divided by their token mean, so that constants mean the same at any entropy."""
     raw = raw_weights(region_entropy(batch), cfg.raw_weight, cfg.min_entropy)        # (6,)
     raw = raw / raw[batch.region[batch.sampled]].mean()
     return curriculum(raw, progress, cfg)
 
-def by_region(weight, batch):
-    """Weights [6] of regions -> normalised weights [N, T] of tokens."""
-    return normalise_weights(weight[batch.region.clamp(min=0)], batch.sampled)
-
 def rest_weights(batch, cfg, progress):
     """ResT: by region entropy and curriculum."""
-    return by_region(region_weights(batch, cfg, progress), batch)
+    weight = region_weights(batch, cfg, progress)
+    return normalise_weights(weight[batch.region], batch.sampled)
 
 def no_thought(batch, cfg, progress):
     """The paper's ablation: thoughts get no gradient."""
     weight = region_weights(batch, cfg, progress)
     weight[THOUGHT] = 0.0
-    return by_region(weight, batch)
+    return normalise_weights(weight[batch.region], batch.sampled)
 
 def rest_official(batch, cfg, progress):
-    """The authors' code: constants and a clock, no entropy; mean 1 over the tokens of positive weight.
-    Where a token touches several regions the largest weight wins. (Their clip to [0.001, 8] never acts.)
-
-    Departure: theirs gives the end-of-turn token 0, so that nothing trains stopping, and weights only the
-    first call of a block; ours counts that token as a tag and weights all calls."""
+    """The authors' code: constants and a clock, no entropy; a token's largest region counts; mean 1 over
+    tokens of positive weight. (Their clip to [0.001, 8] never acts.) Departure: theirs gives end-of-turn
+    tokens 0, so that nothing trains stopping, and weights only the first call of a block."""
     clock = 0.6 + 0.002 * round(progress * cfg.steps)
-    constants = [1.0, 0.0, 1.2, min(1.2, clock), min(1.0, clock), 0.0]  # tag scaffold name params thought text
+    constants = [1.0, 0.0, 1.2, min(1.2, clock), min(1.0, clock), 0.0]  # in the order of REGIONS
     weight = (torch.tensor(constants, device=batch.covers.device) * batch.covers).amax(-1)  # (N, T)
     return normalise_weights(weight, batch.sampled & (weight > 0))
 
@@ -380,7 +353,7 @@ def top_entropy(batch, cfg, progress):
     """The opposite belief, arXiv 2506.01939: only the least certain tokens matter."""
     entropy = batch.entropy[batch.sampled].sort(descending=True).values
     count = max(1, round(cfg.top_entropy_fraction * len(entropy)))
-    return normalise_weights((batch.entropy >= entropy[:count][-1]).float(), batch.sampled)
+    return normalise_weights((batch.entropy >= entropy[count - 1]).float(), batch.sampled)
 
 def entropy_up(batch, cfg, progress):
     """The opposite belief, mildly, arXiv 2510.14545: by the standardised entropy."""
@@ -400,13 +373,13 @@ def shuffled(batch, cfg, progress):
     """Control: ResT's weights, permuted among the tokens of each completion."""
     generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + round(progress * cfg.steps))
     key = torch.rand(batch.sampled.shape, generator=generator).to(batch.sampled.device)
-    source = torch.where(batch.sampled, key, 2.0).argsort(1)               # sampled columns, at random
-    target = torch.where(batch.sampled, 0, 1).argsort(dim=1, stable=True)  # sampled columns, in order
+    source = torch.where(batch.sampled, key, 2.0).argsort(1)       # sampled columns, at random
+    target = (~batch.sampled).int().argsort(dim=1, stable=True)    # sampled columns, in order
     weight = rest_weights(batch, cfg, progress)
     return torch.zeros_like(weight).scatter(1, target, weight.gather(1, source))
 
 # name -> f(rollout batch with regions, cfg, progress in [0, 1]) -> weights float [N, T], 0 where not
-# sampled. Computed once per batch; no gradient passes: entropies are numbers recorded at rollout.
+# sampled; once per batch, without gradient: entropies are numbers recorded at rollout
 WEIGHTS = {
     "rest": rest_weights,
     "rest-static": lambda batch, cfg, progress: rest_weights(batch, cfg, 0.0),  # no curriculum
@@ -417,20 +390,19 @@ WEIGHTS = {
 # ---- reward and advantage ----
 
 def _jaccard(a, b):
-    a, b = Counter(list(a)), Counter(list(b))  # list: of a dict, its keys
+    a, b = Counter(a), Counter(b)
     return (a & b).total() / (a | b).total() if a or b else 1.0
 
 def _agreement(call, other):
     if call.name != other.name:
         return 0.0
     a, b = call.arguments, other.arguments
-    return _jaccard(a, b) + sum(same_value(a[key], b[key]) for key in a if key in b)
+    return _jaccard(a.keys(), b.keys()) + sum(same_value(a[key], b[key]) for key in a if key in b)
 
 def correctness_score(gold, predicted):
-    """ToolRL's rule (arXiv 2504.13958) in [0, 1]: the multisets of names, then each gold call
-    against the best unused call of its name, by parameter names and values.
-
-    gold: list[Call], not empty; predicted: list[Call | CallError]. One unreadable call gives 0."""
+    """ToolRL's rule (arXiv 2504.13958) in [0, 1]: the multisets of names, then each gold call against
+    the best unused call of its name, by parameter names and values. gold: list[Call], not empty;
+    predicted: list[Call | CallError], where one unreadable call gives 0."""
     if any(isinstance(call, CallError) for call in predicted):
         return 0.0
     score = _jaccard([c.name for c in gold], [c.name for c in predicted])
@@ -444,8 +416,8 @@ def correctness_score(gold, predicted):
     return score / (1 + sum(1 + len(call.arguments) for call in gold))
 
 def format_score(text, required):
-    """1.0 if just the required blocks stand there, closed, in order, only space between them, no
-    thought or response empty, no call tag in a response; else 0.0. Adjacent call blocks are one."""
+    """1.0 if just the required blocks stand there, closed, in order, only space between them, no thought
+    or response empty, no call tag in a response; else 0.0. Adjacent call blocks are one."""
     kinds = []
     pos = 0
     for block in split_blocks(text):
@@ -454,24 +426,19 @@ def format_score(text, required):
         hidden = block.kind == "response" and re.search("</?tool_call>", inner)
         if not block.closed or empty or hidden or text[pos:block.start].strip():
             return 0.0
-        if kinds[-1:] != ["tool_call"] or block.kind != "tool_call":
+        if not (kinds and kinds[-1] == block.kind == "tool_call"):
             kinds.append(block.kind)
         pos = block.end
     return float(kinds == list(required) and not text[pos:].strip())
 
-def _in_turn(turn, call):
-    return Call((turn, call.name), call.arguments) if isinstance(call, Call) else call
-
 def score_texts(texts, row, refused=0):
-    """(format in [0, 1], correctness in [0, 1], or None without gold calls, exact) of an episode.
-
-    texts: the assistant turns; refused: how many calls the executor refused. Format is the mean
-    over turns; correctness compares (turn, name), not names. row["blocks"] may state what each
-    turn needs; else a thought, then calls where gold has some, or a response. Exact: format right,
-    calls equal to gold's turn by turn, none refused."""
-    gold = [_in_turn(i, Call(call["name"], call["arguments"]))
-            for i, turn in enumerate(row["gold"]) for call in turn]
-    calls = [_in_turn(i, call) for i, text in enumerate(texts) for call in _calls(text)]
+    """Of an episode's turns: format in [0, 1], correctness in [0, 1] or None without gold calls, exact
+    or not. Format is the mean over turns, each of which needs its row["blocks"], or else a thought, then
+    calls where gold has some, or a response. Correctness compares (turn, name). Exact: all is right and
+    no call was refused."""
+    gold = [Call((i, call["name"]), call["arguments"]) for i, turn in enumerate(row["gold"]) for call in turn]
+    calls = [call if isinstance(call, CallError) else Call((i, call.name), call.arguments)
+             for i, text in enumerate(texts) for call in _calls(text)]
     required = row.get("blocks") or [
         ("think", "tool_call" if turn else "response") for turn in row["gold"]]
     turns = max(len(texts), len(required))  # missing and surplus turns count 0
@@ -481,12 +448,10 @@ def score_texts(texts, row, refused=0):
     return form, correct, form == 1.0 and same and not refused
 
 def episode_reward(form, correct, progress, scaling="dynamic"):
-    """Format and correctness scores -> reward (ToolRL's, arXiv 2504.13958).
-
-    static: format in [0, 1], correctness in [-3, 3]. dynamic, with nu = 0.7 progress: format in
-    [-2+2nu, 2-nu] (held outside (-1, 1)), correctness in [-(2+nu), 2+nu] (held within 3).
-    Departure: the paper scales the whole reward, which normalised advantages cancel; like the authors'
-    code we scale the parts against each other (theirs has nu = step/150)."""
+    """Format and correctness scores -> reward (ToolRL's, arXiv 2504.13958). static: format in [0, 1],
+    correctness in [-3, 3]. dynamic, nu = 0.7 progress: format in [-2+2nu, 2-nu] held outside (-1, 1),
+    correctness within 2+nu and 3 of 0. Departure: the paper scales the whole reward, which advantages
+    cancel; like the authors' code (nu = step/150) we scale part against part."""
     nu = 0.7 * progress
     if scaling == "static":
         low, high, most = 0.0, 1.0, 3.0
@@ -495,8 +460,8 @@ def episode_reward(form, correct, progress, scaling="dynamic"):
     return low + (high - low) * form + (0.0 if correct is None else most * (2 * correct - 1))
 
 def group_advantages(rewards, scale_by_std=True, delta=1e-4):
-    """rewards float [P, G] -> advantages [P, G], group mean 0; divided by the unbiased std + delta unless
-    Dr. GRPO (arXiv 2503.20783). Equal rewards: exactly 0."""
+    """rewards float [P, G] -> advantages [P, G], group mean 0, divided by the unbiased std + delta
+    unless Dr. GRPO (arXiv 2503.20783). Equal rewards: exactly 0."""
     advantages = rewards - rewards.mean(1, keepdim=True)
     if scale_by_std:
         advantages = advantages / (rewards.std(1, keepdim=True) + delta)
@@ -506,10 +471,8 @@ def group_advantages(rewards, scale_by_std=True, delta=1e-4):
 
 def loss_scale(mask, weight, aggregation, max_tokens):
     """Factor float [N] that turns a completion's weighted token sum into its share of the loss.
-
     sequence: 1/(N T_i); constant: 1/(N max_tokens), Dr. GRPO; token: 1/(all weights of the batch).
-    Departure: from the whole batch, before micro-batching; the authors divide by each micro-batch's own
-    weight sum, so that their gradient depends on its size."""
+    Departure: the authors divide by each micro-batch's own weights: its size changes their gradient."""
     N = len(mask)
     if aggregation == "sequence":
         return 1 / (N * mask.sum(1).clamp(min=1).float())
@@ -518,9 +481,8 @@ def loss_scale(mask, weight, aggregation, max_tokens):
     return (1 / (weight * mask).sum().clamp(min=1e-30)).expand(N)
 
 def policy_loss(logp, logp_old, advantages, weight, mask, scale, clip):
-    """The objective at the top of this file. logp, logp_old, weight float, mask bool [N, T]; advantages,
-    scale float [N] -> scalar. Gradient reaches logp only. A sum: the means are in `scale`, so
-    micro-batches simply add up."""
+    """The objective at the top. logp, logp_old, weight float, mask bool [N, T]; advantages, scale float
+    [N] -> scalar, a sum: the means are in `scale`, micro-batches add up. Only logp has a gradient."""
     logp_old = logp_old.detach()
     advantages = advantages.detach()[:, None]                            # (N, 1)
     ratio = torch.exp(torch.where(mask, logp - logp_old, 0.0))           # (N, T)
@@ -529,25 +491,23 @@ def policy_loss(logp, logp_old, advantages, weight, mask, scale, clip):
     return -(torch.where(mask, weight.detach() * gain, 0.0).sum(1) * scale).sum()
 
 def update(engine, optimizer, batch, advantages, weight, cfg, on_policy=False):
-    """cfg.passes optimiser steps on one rollout batch -> metrics, means over the passes.
-
-    advantages float [N], weight float [N, T]. Groups whose advantages are all 0 have no gradient and are
-    not forwarded. A step whose loss or gradient is not finite is skipped and counted. on_policy: the
-    policy is the one that sampled; raises RuntimeError if the ratio of the first pass is not 1."""
+    """cfg.passes optimiser steps on a rollout batch; advantages [N], weight [N, T] -> metrics, means of
+    passes. Groups whose advantages are all 0 are not forwarded; a step whose loss or gradient is not
+    finite is skipped and counted. on_policy: raises RuntimeError if the first ratios are not 1."""
     device = batch.tokens.device
     parameters = [p for p in engine.model.parameters() if p.requires_grad]
     scale = loss_scale(batch.sampled, weight, cfg.aggregation, cfg.max_completion_tokens)  # (N,)
-    signal = advantages.view(-1, batch.group).ne(0).any(1).tolist()
-    groups = [p for p, any_signal in enumerate(signal) if any_signal]
+    teaches = advantages.view(-1, batch.group).ne(0).any(1)                                # (P,)
+    groups = teaches.nonzero()[:, 0].tolist()
     micro_batches = engine.micro_batches(batch, groups, cfg.micro_batch_tokens)
     total = Counter()
     skipped = 0
     for number in range(cfg.passes):
         optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros(4, device=device)                       # loss, clipped tokens, KL, tokens
-        for rows in micro_batches:
-            logp = engine.logps(batch, rows, cfg.temperature)      # (n, T), T of the longest row
-            rows = torch.tensor(rows, device=device)               # (n,)
+        for part in micro_batches:
+            logp = engine.logps(batch, part, cfg.temperature)      # (n, T), T of the longest
+            rows = torch.tensor(part, device=device)               # (n,)
             T = logp.shape[1]
             logp_old = batch.logp[rows, :T]                        # (n, T)
             mask = batch.sampled[rows, :T]                         # (n, T)
@@ -558,19 +518,20 @@ def update(engine, optimizer, batch, advantages, weight, cfg, on_policy=False):
                 log_ratio = torch.where(mask, logp - logp_old, 0.0)
                 change = log_ratio.exp() - 1
                 clipped = advantage.sign()[:, None] * change > cfg.clip
-                kl = change - log_ratio  # the k3 estimate of KL(old || new)
+                kl = change - log_ratio                            # the k3 estimate of KL(old || new)
                 sums += torch.stack([loss.detach(), clipped.sum(), kl.sum(), mask.sum()])
         norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).to(device)
         loss, clipped, kl, count, norm = torch.cat([sums, norm[None]]).tolist()  # the one wait of a pass
-        kl = kl / max(count, 1)
+        clipped, kl = clipped / max(count, 1), kl / max(count, 1)
         if on_policy and number == 0 and kl > engine.tolerance:
-            raise RuntimeError(f"update and rollout disagree about the same policy (KL {kl:.1e}): its forward "
-                               "is random (dropout, router noise) or depends on padding, so ratios would be wrong")
+            raise RuntimeError(
+                f"update and rollout disagree about the same policy (KL {kl:.1e}): its forward is random "
+                "(dropout, router noise) or depends on padding, so ratios would be wrong")
         if math.isfinite(loss) and math.isfinite(norm):
             optimizer.step()
         else:
             skipped += 1
-        total.update(loss=loss, grad_norm=norm, clip_fraction=clipped / max(count, 1), kl=kl)
+        total.update(loss=loss, grad_norm=norm, clip_fraction=clipped, kl=kl)
     optimizer.zero_grad(set_to_none=True)
     return {"skipped_updates": skipped, **{name: value / cfg.passes for name, value in total.items()}}
 
@@ -583,35 +544,30 @@ def learning_rate(cfg, step):
 # ---- one step, and evaluation ----
 
 def train_step(engine, chat, optimizer, rows, cfg, step, toolbox_for=None, clock=None):
-    """One ResT step on cfg.prompts rows -> (metrics, Rollout, weight [N, T]).
-
-    clock(name), if given, is called after each phase: rollout, reward, update."""
+    """One ResT step on cfg.prompts rows -> metrics, Rollout, weight [N, T]. clock(name) is called after
+    each phase: rollout, reward, update."""
     clock = clock or (lambda name: None)
     progress = step / cfg.steps
-
     batch = rollout(engine, chat, rows, cfg, seed=cfg.seed * 1_000_003 + step, toolbox_for=toolbox_for)
     clock("rollout")
-
     batch.region, batch.covers = token_regions(batch, chat)
     weight = WEIGHTS[cfg.method](batch, cfg, progress)                                  # (N, T)
     batch.scores = score_batch(batch)
-    rewards = [episode_reward(form, correct, progress, cfg.reward_scaling) for form, correct, _ in batch.scores]
+    rewards = [episode_reward(*score[:2], progress, cfg.reward_scaling) for score in batch.scores]
     rewards = torch.tensor(rewards, device=batch.tokens.device).view(-1, batch.group)   # (P, G)
     batch.advantages = group_advantages(rewards, cfg.method != "dr-grpo", cfg.delta).flatten()
     clock("reward")
-
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(cfg, step)
+    lr = learning_rate(cfg, step)
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = lr
     metrics = update(engine, optimizer, batch, batch.advantages, weight, cfg, on_policy=True)
     clock("update")
-
-    metrics |= {"step": step, "lr": learning_rate(cfg, step), **mean_scores(batch.scores)}
+    metrics |= {"step": step, "lr": lr, **mean_scores(batch.scores), "tool_errors": batch.tool_errors}
     metrics["correct"] = metrics["correct"] or 0.0
-    metrics["tool_errors"] = batch.tool_errors
     return metrics | batch_metrics(batch, rewards, weight), batch, weight
 
 def batch_metrics(batch, rewards, weight):
-    """Means over the batch, fetched from the device at once; H_ in nats and w_ by the paper's regions."""
+    """Means over the batch, fetched from the device at once; H_ (nats) and w_ by paper region."""
     silent = batch.advantages.view(rewards.shape).eq(0).all(1)
     values = {"reward": rewards.mean(), "zero_groups": silent.float().mean(),
               "truncated": batch.truncated.float().mean(), "tokens": batch.sampled.sum() / len(batch.sampled)}
@@ -628,7 +584,7 @@ def score_batch(batch):
             for i, (texts, refused) in enumerate(zip(batch.texts, batch.refused))]
 
 def mean_scores(scores):
-    """Shares over episodes; correctness over those whose gold answer has calls, None if none has."""
+    """Shares over episodes; correctness over those whose gold has calls, None if none has."""
     forms, corrects, exacts = zip(*scores)
     corrects = [c for c in corrects if c is not None]
     return {"exact": sum(exacts) / len(exacts), "format": sum(forms) / len(forms),
@@ -636,38 +592,33 @@ def mean_scores(scores):
 
 def evaluate(engine, chat, rows, cfg, greedy=False, samples=1, seed=0, batch_rows=64, toolbox_for=None,
              on_batch=None):
-    """Exact-call rate, format, correctness and mean sampled tokens over rows: {category: {n, exact, format,
-    correct, tokens}}, key "all" last. Greedy, or `samples` completions per row at cfg.temperature."""
-    scores = {}  # category -> scores
-    tokens = {}  # category -> sampled tokens
+    """{category: {n, exact, format, correct, tokens}}, means over the rows' episodes, "all" last:
+    greedy, or `samples` completions per row at cfg.temperature."""
+    seen = {}  # category -> [(scores of an episode, its sampled tokens)]
     for start in range(0, len(rows), batch_rows):
         part = rows[start:start + batch_rows]
         batch = rollout(engine, chat, part, cfg, seed=seed + start, group=1 if greedy else samples,
                         greedy=greedy, toolbox_for=toolbox_for)
-        counts = batch.sampled.sum(1).tolist()
-        for i, score in enumerate(score_batch(batch)):
+        for i, one in enumerate(zip(score_batch(batch), batch.sampled.sum(1).tolist())):
             for key in (part[i // batch.group].get("category", "rows"), "all"):
-                scores.setdefault(key, []).append(score)
-                tokens.setdefault(key, []).append(counts[i])
+                seen.setdefault(key, []).append(one)
         if on_batch:
             on_batch(len(part))
     table = {}
-    for key in sorted(scores, key=lambda key: (key == "all", key)):
-        n = len(scores[key])
-        table[key] = {"n": n, **mean_scores(scores[key]), "tokens": sum(tokens[key]) / n}
+    for key in sorted(seen, key=lambda key: (key == "all", key)):
+        scores, tokens = zip(*seen[key])
+        table[key] = {"n": len(scores), **mean_scores(scores), "tokens": sum(tokens) / len(tokens)}
     return table
 
 # ---- appendix: reading calls from text ----
 
 # bounds: reading takes linear time on any text, and nothing recurses deeply
-MAX_CALLS = 64  # of a turn; those behind them are one error
-MAX_CHARS = 2**14  # of a call
-MAX_DEPTH = 64  # of a value in a call
-
+MAX_CALLS = 64      # of a turn; those behind them are one error
+MAX_CHARS = 2**14   # of a call
+MAX_DEPTH = 64      # of a value in a call
 SPACE = re.compile(r"[ \t\r\n]*")
 OPENING_TAG = re.compile(r"<(think|tool_call|response)>")
-# half of a surrogate pair, which tokenizers refuse: in a text, and escaped (group 1 is none)
-SURROGATE = re.compile("[\ud800-\udfff]")
+# an escaped half of a surrogate pair, which tokenizers refuse; group 1 is what only looks like one
 HALF_PAIR = re.compile(r"(\\\\|\\ud[89ab]..\\ud[c-f]..)|\\ud[89a-f][0-9a-f]{2}", re.I)
 
 class CallError(ValueError):
@@ -675,9 +626,6 @@ class CallError(ValueError):
 
 class MalformedCall(CallError):
     """Not one JSON object with a "name" and an object of "arguments" (or "parameters")."""
-
-class UnknownTool(CallError):
-    """No tool of that name is offered."""
 
 class InvalidArguments(CallError):
     """The arguments do not fit the tool's schema, or the tool refused them."""
@@ -689,19 +637,18 @@ class Call:
 
 @dataclass
 class Block:
-    """<kind>inner</kind> at text[start:end]; an unclosed block runs to the end of the text."""
+    """<kind>inner</kind> at text[start:end]; unclosed, it runs to the end of the text."""
     kind: str
     start: int
     end: int
     inner: tuple  # (start, end) of what stands between the tags
     closed: bool
-    calls: list = field(default_factory=list)  # [(Call | MalformedCall, start, end, fields)]
+    calls: list   # [(Call | MalformedCall, start, end, {key: (value, start, end)})]
 
 def parse_calls(text):
-    """All calls of a completion in order; an unreadable one is a MalformedCall in its place.
-
-    Never raises. The calls are copies: a tool may change what it is given.
-    >>> parse_calls('<think>a</think><tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>')
+    """All calls of a completion in order, a MalformedCall for an unreadable one; never raises. Copies: a
+    tool may change what it is given.
+    >>> parse_calls('<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>')
     [Call(name='f', arguments={'x': 1})]
     """
     return copy.deepcopy(_calls(text))
@@ -711,10 +658,9 @@ def _calls(text):
 
 @lru_cache(maxsize=4096)
 def split_blocks(text):
-    """The <think>, <tool_call> and <response> blocks of a completion, in order; read only.
-
-    One scan for parser, reward and regions, so they cannot disagree. A thought ends at the first
-    </think>, whatever it mentions; calls end at the first </tool_call> outside a JSON string.
+    """A completion's blocks in order, read only: one scan for parser, reward and regions. A thought ends
+    at the first </think>, whatever it mentions; calls end at the first </tool_call> outside a JSON
+    string.
     >>> [(b.kind, b.closed) for b in split_blocks("<think>use <tool_call>?</think><response>no")]
     [('think', True), ('response', False)]
     """
@@ -735,11 +681,7 @@ def split_blocks(text):
     return blocks
 
 def label_chars(text):
-    """The region of every character, a bytearray as long as the text; total on any input.
-
-    >>> list(label_chars('<think>a</think>')[6:9])
-    [0, 4, 0]
-    """
+    """The region of every character, a bytearray as long as the text; total on any input."""
     label = bytearray(SCAFFOLD if c.isspace() else TEXT for c in text)
 
     def fill(start, end, region):
@@ -787,9 +729,8 @@ def _to_call(fields):
     return MalformedCall('a call needs a "name" and one object of "arguments" (or "parameters")')
 
 def scan_object(text, start):
-    """The JSON object at text[start:]: {key: (value, start, end)}, its end, an error text or None.
-
-    A member that breaks off is kept with end = None, so that its characters have their region."""
+    """The JSON object at text[start:]: {key: (value, start, end)}, its end, an error text or None. A
+    member that breaks off has end None: its characters have a region too."""
     call = text[start:start + MAX_CHARS] + "\0"  # not JSON: whatever is open ends there
     call = HALF_PAIR.sub(lambda match: match[1] or r"\ufffd", call)  # as long: positions stay
     fields = {}
@@ -798,8 +739,11 @@ def scan_object(text, start):
         if call[0] != "{":
             raise ValueError("a call starts with '{'")
         pos = _skip(call, 1)
-        more = call[pos] != "}"
-        while more:
+        while call[pos] != "}":
+            if fields:
+                if call[pos] != ",":
+                    raise ValueError("expected ',' or '}'")
+                pos = _skip(call, pos + 1)
             key, pos = JSON_DECODER.raw_decode(call, pos)
             pos = _skip(call, pos)
             if not isinstance(key, str) or key in fields or call[pos] != ":":
@@ -811,11 +755,6 @@ def scan_object(text, start):
                 raise ValueError(f"nested more than {MAX_DEPTH} deep")
             fields[key] = (value, start + pos, start + end)
             pos = _skip(call, end)
-            more = call[pos] == ","
-            if more:
-                pos = _skip(call, pos + 1)
-        if call[pos] != "}":
-            raise ValueError("expected ',' or '}'")
     except (ValueError, RecursionError) as reason:
         return fields, start + pos, f"not valid JSON: {str(reason)[:100]}"
     return fields, start + pos + 1, None
@@ -851,89 +790,77 @@ def same_value(a, b):
 # ---- appendix: tool executor ----
 
 def execute(calls, functions, timeout=2.0, max_chars=1000):
-    """Run a turn's calls in order -> (a text per call for the model, calls refused, calls that failed).
-
-    calls: list[Call | CallError]; functions: {name: callable(**arguments)}, which check their arguments and
-    raise InvalidArguments, or ValueError with a sentence for the model; anything else is the user's bug and
-    logged once. Model text is only ever data: parsed as JSON, passed as arguments. A call may take `timeout`
-    seconds, a turn four times that; then its thread is abandoned, for Python cannot end it."""
+    """Run a turn's calls in order -> a text per call for the model, calls refused, calls that failed.
+    functions: {name: callable(**arguments)}, which raise InvalidArguments, or ValueError with a sentence
+    for the model; anything else is the user's bug, logged once. Model text is only ever data. A call may
+    take `timeout` seconds, a turn four times that; then its thread is abandoned."""
     texts = []
     refused = failed = 0
     deadline = time.monotonic() + 4 * timeout
     for call in calls:
-        outcome = _wait_for(call, functions, min(timeout, deadline - time.monotonic()))
-        refused += isinstance(outcome, CallError)
-        failed += isinstance(outcome, Exception) and not isinstance(outcome, CallError)
-        if isinstance(outcome, Exception) and not isinstance(outcome, (ValueError, TimeoutError)):
-            _warn_once(f"the tool {call.name} failed, which is no fault of the model: {outcome!r}")
-        text = f"error: {outcome}" if isinstance(outcome, Exception) else outcome
-        text = SURROGATE.sub("\ufffd", text)
+        outcome = [TimeoutError("the tool took too long")]
+        thread = threading.Thread(target=_run, args=(call, functions, outcome), daemon=True)
+        thread.start()
+        thread.join(max(0.0, min(timeout, deadline - time.monotonic())))
+        result = outcome[0]
+        error = isinstance(result, Exception)
+        refused += isinstance(result, CallError)
+        failed += error and not isinstance(result, CallError)
+        if error and not isinstance(result, (ValueError, TimeoutError)):
+            _warn_once(f"the tool {call.name} failed, which is no fault of the model: {result!r}")
+        text = f"error: {result}" if error else result
+        text = re.sub("[\ud800-\udfff]", "\ufffd", text)  # halves of surrogate pairs
         texts.append(text if len(text) <= max_chars else text[:max_chars] + " … (cut)")
     return texts, refused, failed
 
-def _wait_for(call, functions, seconds):
-    """The call's result as text, or the exception in its place. A thread: signals work on the main one only."""
-    outcome = [TimeoutError("the tool took too long")]
+_warn_once = lru_cache(logging.getLogger("rest").warning)
 
-    def work():
+def _run(call, functions, outcome):
+    # writes the result as text, or the exception, to outcome[0]
+    try:
+        if isinstance(call, CallError):
+            raise call
+        if call.name not in functions:
+            raise CallError(f"unknown tool {call.name[:60]!r}; the tools are {', '.join(functions)}")
+        function = functions[call.name]
         try:
-            outcome[0] = _run(call, functions)
-        except Exception as error:  # whatever a tool raises, the training run goes on
-            outcome[0] = error
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(max(0.0, seconds))
-    return outcome[0]
-
-def _run(call, functions):
-    if isinstance(call, CallError):
-        raise call
-    if call.name not in functions:
-        raise UnknownTool(f"unknown tool {call.name[:60]!r}; the tools are {', '.join(functions)}")
-    function = functions[call.name]
-    try:
-        inspect.signature(function).bind(**call.arguments)
-    except TypeError as error:
-        raise InvalidArguments(str(error)) from None
-    value = function(**call.arguments)
-    value = asyncio.run(value) if inspect.iscoroutine(value) else value
-    try:
-        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    except ValueError as error:
-        raise TypeError(f"it returned what JSON cannot hold: {error}") from None
+            inspect.signature(function).bind(**call.arguments)
+        except TypeError as error:
+            raise InvalidArguments(str(error)) from None
+        value = function(**call.arguments)
+        if inspect.iscoroutine(value):
+            value = asyncio.run(value)
+        if not isinstance(value, str):  # a value that holds itself: RecursionError, the user's bug
+            value = json.dumps(value, ensure_ascii=False, check_circular=False)
+        outcome[0] = value
+    except Exception as error:  # whatever a tool raises, the training run goes on
+        outcome[0] = error
 
 def offered(row, box):
-    """The functions of an episode's box that its row offers, or all where it lists none. Raises ValueError."""
+    """The functions of a box that the row offers, or all where it lists none. Raises ValueError."""
     names = [tool["function"]["name"] for tool in row["tools"]] or list(box.functions)
-    missing = [name for name in names if not callable(box.functions.get(name))]
-    if missing:
+    if missing := [name for name in names if not callable(box.functions.get(name))]:
         raise ValueError(f"the toolbox has no function for the tools offered: {', '.join(missing)}")
     return {name: box.functions[name] for name in names}
-
-@lru_cache(maxsize=None)
-def _warn_once(text):
-    log.warning(text)
 
 # ---- appendix: how a row becomes tokens ----
 
 class Chat:
-    """What the algorithm asks of a tokenizer, by its own chat template: token in, token out, so that only
-    prompts and what follows a tool's answer are tokenised here. toy_tools/chat.py has the hardened one."""
+    """What the algorithm asks of a tokenizer, by its own chat template: only prompts, and what follows a
+    tool's answer, are tokenised. toy_tools/chat.py has the hardened one."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        self.end_ids = {tokenizer.eos_token_id}  # ids that end a turn
-        self.pieces = {}                         # id -> text
+        self.end_ids = {tokenizer.eos_token_id}                       # ids that end a turn
+        self.text = lru_cache(None)(lambda token: self.decode([token]))  # of one id, for regions
 
     def prompt(self, row):
-        """Prompt ids, and the ids of a forced beginning of the completion (mostly empty)."""
-        prompt, opening = self.render(row["messages"], row["tools"])
-        return self.encode(prompt), self.encode(opening)
+        """Prompt ids, and the ids of a forced beginning of the completion (mostly none)."""
+        return tuple(map(self.encode, self.render(row["messages"], row["tools"])))
 
     def reply(self, row, results, last):
-        """Ids that follow a turn whose last token was `last` when tools have answered: their turns and
-        the next header; and a forced beginning of the next turn."""
+        """Ids that follow a turn whose last token was `last` when tools have answered, up to the next
+        turn; and a forced beginning of that."""
         mark = "\u2016turn\u2016"
         turn = {"role": "assistant", "content": mark}
         answers = [{"role": "tool", "content": text} for text in results]
@@ -942,7 +869,7 @@ class Chat:
         return ids[ids[:1] == [last]:], self.encode(opening)  # the template's end token was sampled already
 
     def render(self, messages, tools):
-        """The template's text up to the completion, and "<think>" if the template itself opens it."""
+        """The template's text up to the completion; "<think>" if the template itself opens it."""
         text = self.tokenizer.apply_chat_template(
             messages, tools=tools or None, tokenize=False, add_generation_prompt=True)
         cut = re.search(r"(<think>\s*)?\Z", text).start()
@@ -954,12 +881,6 @@ class Chat:
     def decode(self, ids):
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
-    def text(self, token):
-        """The text of one id, from which regions are found."""
-        if token not in self.pieces:
-            self.pieces[token] = self.decode([token])
-        return self.pieces[token]
-
 # ---- appendix: how the model is run ----
 
 class Engine:
@@ -968,8 +889,9 @@ class Engine:
 
     def __init__(self, model):
         self.model = model
-        forward = inspect.signature(model.forward).parameters
-        self.cache_name = "cache" if "cache" in forward else "past_key_values"  # transformers 5.24, before
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # an adapter's base
+        self.accepts = set(inspect.signature(inner.forward).parameters)
+        self.cache_name = "cache" if "cache" in self.accepts else "past_key_values"  # transformers 5.24, before
 
     @property
     def device(self):
@@ -1005,22 +927,40 @@ class Engine:
         return self._forward(ids[:, None], self.count + t)
 
     def _forward(self, ids, positions):
-        out = self.model(input_ids=ids, attention_mask=self.mask.long(), position_ids=positions,
-                         use_cache=True, logits_to_keep=1, **{self.cache_name: self.cache})
+        layers = getattr(self.cache, "layers", [])
+        # state space models would read the mask as that of the tokens fed, not of all so far
+        masked = self.cache is None or any(hasattr(layer, "keys") for layer in layers)
+        out = self._run(ids, self.mask if masked else None, positions, use_cache=True, logits_to_keep=1,
+                        **{self.cache_name: self.cache})
         self.cache = out[self.cache_name]
         return out.logits[:, -1]
+
+    def _run(self, ids, mask, positions, **options):
+        """The model's own forward, given what it accepts."""
+        mask = None if mask is None else mask.long()
+        options |= {"attention_mask": mask, "position_ids": positions}
+        options = {name: value for name, value in options.items() if name in self.accepts}
+        return self.model(input_ids=ids, **options)
 
     def drop(self, done):
         """Take finished rows out of the batch where that makes it enough smaller. done: a bool per row.
         Returns the rows that stay, in their new order, or None if all do."""
         keep = [s for s, finished in enumerate(done) if not finished]
-        if len(keep) > 0.75 * len(done):
+        if len(keep) > 0.75 * len(done) or not self._can_drop():
             return None
         rows = torch.tensor(keep, device=self.device)
         self.cache.batch_select_indices(rows)
         self.mask = self.mask[rows]
         self.count = self.count[rows]
         return keep
+
+    def _can_drop(self):
+        """Whether the cache is keys and values alone: recurrent states do not leave it."""
+        layers = getattr(self.cache, "layers", None)
+        if layers is None:
+            return hasattr(self.cache, "batch_select_indices")
+        states = any(hasattr(layer, "conv_states") for layer in layers)
+        return type(self.cache).__name__ == "DynamicCache" and not states
 
     def micro_batches(self, batch, groups, budget):
         """The completions of these groups as lists of rows: forwards of at most `budget` tokens, padding
@@ -1049,9 +989,8 @@ class Engine:
         completions = batch.tokens[rows, :T]                                                # (n, T)
         mask = F.pad(mask, (0, T), value=True)                                              # (n, Lp+T)
         with autocast(self.model):
-            logits = self.model(input_ids=torch.cat([ids, completions], 1), attention_mask=mask.long(),
-                                position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False,
-                                logits_to_keep=T + 1).logits
+            logits = self._run(torch.cat([ids, completions], 1), mask, (mask.cumsum(1) - 1).clamp(min=0),
+                               use_cache=False, logits_to_keep=T + 1).logits
             logits = logits[:, -T - 1:-1].flatten(0, 1)      # (n*T, V), logits at t-1 predict token t
             return token_logps(logits, completions.flatten(), temperature).view(-1, T)
 

@@ -108,9 +108,7 @@ def load_policy(run, cfg, device, path=""):
         lora = {"lora_rank": run.lora_rank} if run.lora_rank else {}
         model, tokenizer = policy.load_model(path, dtype, run.gradient_checkpointing, **lora)
     else:
-        steps = run.warm_start_steps if run.warm_start_steps >= 0 else policy.WARM_START_STEPS
-        model, tokenizer = policy.tiny_policy(cfg.seed, steps, noise=run.noise, mask_names=run.mask_names,
-                                              device=device)
+        model, tokenizer = embedded_policy(run, cfg, device)
     if not finite(model):
         raise ValueError(f"the weights of {path or 'the embedded policy'} are not finite: it cannot be used")
     # the embedded policy learns the format from its demonstrations, a real model is told
@@ -122,6 +120,17 @@ def load_policy(run, cfg, device, path=""):
     model.to(device)
     engine = fast.engine(model, run.shared_prefix, run.cuda_graph, run.compile_decode)
     return Learner(model, TemplateChat(tokenizer, instructions, model), engine)
+
+
+def embedded_policy(run, cfg, device):
+    """(model, tokenizer): the start that comes with the repository where it is the one that is asked for."""
+    options = {"noise": run.noise, "mask_names": run.mask_names}
+    if run.warm_start_steps < 0 and policy.is_shipped(seed=cfg.seed, **options):
+        print(f"The warm-started policy comes with the repository ({policy.START.relative_to(Path(__file__).parent)}); "
+              "--warm-start-steps N trains one.")
+        return policy.read_start()
+    steps = run.warm_start_steps if run.warm_start_steps >= 0 else policy.WARM_START_STEPS
+    return policy.tiny_policy(cfg.seed, steps, **options, device=device)
 
 
 def whole(path):
@@ -298,6 +307,7 @@ def begin(folder, learner, rows, test, run, cfg):
     learner.optimizer = make_optimizer(learner.model, cfg)
     options = {"config": asdict(cfg), "run": asdict(run), "torch": torch.__version__}
     options["rows"] = digest(rows, test)
+    options["instructions"] = learner.chat.instructions
     options["lengths"] = [[0, cfg.steps]]  # from which step on the run had how many
     runs.write_json(folder / "config.json", options)
     save(folder, learner, 0, run)
@@ -468,7 +478,8 @@ def explain_sample(run, cfg, device):
     learner = load_policy(run, cfg, device)
     row = rows[cfg.seed % len(rows)]
     check_prompts("training", run.data, [row], learner, cfg)
-    print(explain.explain(learner.engine, learner.chat, row, cfg, sys.stdout.isatty()))
+    paint = show.paint if sys.stdout.isatty() else None
+    print(explain.explain(learner.engine, learner.chat, row, cfg, paint))
 
 
 # ---------------------------------------------------------------------------------- evaluation alone

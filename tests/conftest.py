@@ -1,4 +1,6 @@
-"""Shared toys: a byte-level tokenizer, random tiny models, and a fake model that emits a script. Nothing is downloaded."""
+"""Shared toys: a byte-level tokenizer, random tiny models, and a fake model that emits a script.
+
+Nothing is downloaded. README.md in this folder lists the pitfalls that tests mention by number."""
 
 import copy
 import json
@@ -20,10 +22,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 import rest
 
 TOOL = {"type": "function", "function": {"name": "add", "description": "adds", "parameters": {
-    "type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}, "required": ["a", "b"]}}}
+    "type": "object", "required": ["a", "b"],
+    "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}}}}
 CALL = '<think>sum</think><tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
-ROW = {"messages": [{"role": "user", "content": "1+2?"}], "tools": [TOOL], "gold": [[{"name": "add", "arguments": {"a": 1, "b": 2}}]],
-       "category": "simple", "state": None}
+ROW = {"messages": [{"role": "user", "content": "1+2?"}], "tools": [TOOL],
+       "gold": [[{"name": "add", "arguments": {"a": 1, "b": 2}}]], "category": "simple", "state": None}
 
 
 def byte_tokenizer():
@@ -34,22 +37,26 @@ def byte_tokenizer():
 
 def qwen3(vocab=265, layers=2, tie=True, seed=0, heads=4, kv=2):
     torch.manual_seed(seed)
-    return Qwen3ForCausalLM(Qwen3Config(vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=layers,
-                                        num_attention_heads=heads, num_key_value_heads=kv, head_dim=8, tie_word_embeddings=tie,
-                                        bos_token_id=None, eos_token_id=None, pad_token_id=None, initializer_range=0.3)).eval()
+    return Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv, head_dim=8, tie_word_embeddings=tie,
+        bos_token_id=None, eos_token_id=None, pad_token_id=None, initializer_range=0.3)).eval()
 
 
 def llama(vocab=265, seed=0):
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                                        num_key_value_heads=1, bos_token_id=None, eos_token_id=None, pad_token_id=None,
-                                        initializer_range=0.3)).eval()
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=1, bos_token_id=None, eos_token_id=None,
+        pad_token_id=None, initializer_range=0.3)).eval()
 
 
 class ScriptedModel(torch.nn.Module):
-    """A causal LM for rollout tests: at position t behind the prompt its logits follow `script(row, t, last id) -> logits [V]`.
+    """A causal LM for rollout tests: at position t behind the prompt its logits are
+    `script(row, t, last id) -> logits [V]`.
 
-    No attention and no shared path. Rows are counted by their slot; `select` of the cache keeps the script's row numbers."""
+    No attention and no shared path. Rows are counted by their slot; the cache, whose rows may be
+    dropped, keeps the script's row numbers."""
 
     def __init__(self, script, vocab):
         super().__init__()
@@ -63,16 +70,20 @@ class ScriptedModel(torch.nn.Module):
         def batch_select_indices(self, index):
             self.rows = [self.rows[i] for i in index.tolist()]
 
-    def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=True, logits_to_keep=1):
+    def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None,
+                use_cache=True, logits_to_keep=1):
         cache = past_key_values or self.Cache(list(range(len(input_ids))))
         cache.step += 1
-        logits = torch.stack([self.script(r, cache.step, int(x)) for r, x in zip(cache.rows, input_ids[:, -1])])
+        last = input_ids[:, -1].tolist()
+        logits = torch.stack([self.script(r, cache.step, x) for r, x in zip(cache.rows, last)])
         return CausalLMOutputWithPast(logits=logits[:, None] + self.weight, past_key_values=cache)
 
 
 def scripted(tokenizer, texts, sharp=30.0):
-    """A ScriptedModel whose row r writes texts[r] and then ends its turn, whatever it is fed (each id with logit `sharp`)."""
-    ids = [tokenizer(t, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for t in texts]
+    """A ScriptedModel whose row r writes texts[r] and then ends its turn, whatever it is fed (each
+    id with logit `sharp`)."""
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+           for text in texts]
 
     def script(row, t, last):
         logits = torch.zeros(len(tokenizer))

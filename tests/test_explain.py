@@ -33,7 +33,7 @@ def test_the_tables_show_what_was_computed(tokenizer):
         def logps(self, batch, rows, temperature):
             return batch.logp
     engine, chat = Recorded(scripted(tokenizer, [CALL, CALL[:-20]])), rest.Chat(tokenizer)
-    text = explain.explain(engine, chat, ROW, rest.Config(group=2, max_completion_tokens=130), colour=False)
+    text = explain.explain(engine, chat, ROW, rest.Config(group=2, max_completion_tokens=130))
     rows = re.findall(r"^ +([12])  +([\d.]+)  +([\d.-]+)  +(yes|no)  +([+-][\d.]+)  +([+-][\d.]+)", text, re.M)
     assert [row[3] for row in rows] == ["yes", "no"] and float(rows[0][5]) == -float(rows[1][5]) > 0
     shown = int(re.search(r"Completion (\d)", text)[1]) - 1

@@ -23,4 +23,4 @@ def test_live_average_is_over_samples():
     results = [{"category": c, "id": f"{c}{i}", "score": int(k == 0), "data": ""}
                for k, c in enumerate(benchmarks.GROUPS["bfcl-live"][:4])
                for i in range(9 if k == 0 else 1)]
-    assert benchmarks.table(results).splitlines()[-1].split()[-4] == "75.0"
+    assert benchmarks.table(results).splitlines()[-1].split()[-4] == "75.00"

@@ -104,5 +104,19 @@ def test_the_weighting_example_runs(tmp_path):
     assert config["config"]["method"] == "mine"
 
 
+def test_the_example_on_trl_runs(rows):
+    """One step of two short completions."""
+    pytest.importorskip("trl", reason="pip install trl")
+    code, = [block for block in blocks("python") if "ResTTrainer" in block]
+    for printed, small in (("max_steps=100", "max_steps=1, max_completion_length=8, use_cpu=True, bf16=False, report_to='none'"),
+                           ("num_generations=8", "num_generations=2"), ("train_batch_size=8", "train_batch_size=2")):
+        assert printed in code
+        code = code.replace(printed, small)
+    qwen3().save_pretrained(rows.parent / "DIR")
+    byte_tokenizer().save_pretrained(rows.parent / "DIR")
+    done = run(code, rows.parent)
+    assert done.returncode == 0 and "H_format" in done.stdout, done.stderr[-2000:]
+
+
 def test_it_is_short_enough_to_be_read():
     assert len(TEXT.split()) <= 1850

@@ -1,4 +1,4 @@
-"""The check of arguments against a tool's schema: what it refuses, what it must leave alone, and what it says."""
+"""The check of arguments against a tool's schema: what it refuses, leaves alone, and says."""
 
 import pytest
 
@@ -33,13 +33,15 @@ def test_arguments_that_do_not_fit(more, reason):
         check({"n": 1, **more}, SCHEMA)
     with pytest.raises(ValueError, match="missing argument n"):
         check({}, SCHEMA)
+    with pytest.raises(ValueError, match="unexpected argument zzz"):  # named before a wrong value
+        check({"n": "1", "zzz": 1}, SCHEMA)
     with pytest.raises(ValueError, match="arguments must be of type object"):
         check([], SCHEMA)
 
 
 @pytest.mark.parametrize("value", [1.0, 2, -1e15])
 def test_reward_and_check_have_one_notion_of_equality(value):
-    """What the reward calls equal to an integer gold is an integer for the check: JSON Schema says 1.0 is one."""
+    """What the reward calls equal to an integer gold is an integer for the check, as in JSON Schema."""
     assert rest.same_value(value, int(value))
     check(value, INTEGER)
     check(value, {"enum": [int(value)]})
@@ -48,11 +50,15 @@ def test_reward_and_check_have_one_notion_of_equality(value):
 
 
 @pytest.mark.parametrize("schema, value", [
-    ({"anyOf": [STRING, INTEGER]}, []), ({"oneOf": [STRING]}, 3), ({"allOf": [STRING]}, 3), ({"not": STRING}, "x"),
-    ({"$ref": "#/$defs/x"}, 3), ({"const": 1}, 2), ({"pattern": "^a$", "type": "string"}, "b"), ({"minimum": 3}, 1),
-    ({"type": "dict"}, 3), ({"type": ["str", "integer"]}, "x"), ({"type": None}, 3), ({"type": {"a": 1}}, 3),
+    ({"anyOf": [STRING, INTEGER]}, []), ({"oneOf": [STRING]}, 3), ({"allOf": [STRING]}, 3),
+    ({"not": STRING}, "x"),
+    ({"$ref": "#/$defs/x"}, 3), ({"const": 1}, 2), ({"pattern": "^a$", "type": "string"}, "b"),
+    ({"minimum": 3}, 1),
+    ({"type": "dict"}, 3), ({"type": ["str", "integer"]}, "x"), ({"type": None}, 3),
+    ({"type": {"a": 1}}, 3),
     ({"enum": "abc"}, "x"), ({"required": True}, {}), ({"required": None, "properties": None}, {"a": 1}),
-    ({"items": [INTEGER]}, ["x"]), ({"items": None}, [1]), ({"items": INTEGER, "prefixItems": [STRING]}, ["x", 1]),
+    ({"items": [INTEGER]}, ["x"]), ({"items": None}, [1]),
+    ({"items": INTEGER, "prefixItems": [STRING]}, ["x", 1]),
     ({"properties": {"a": True}}, {"a": 3}), ({"properties": {"a": None}}, {"a": 3}), (True, 3), ({}, 3),
     ({"properties": {"a": {"type": "string", "nullable": True}}}, {"a": None})])
 def test_what_is_not_understood_is_left_alone(schema, value):
@@ -60,14 +66,17 @@ def test_what_is_not_understood_is_left_alone(schema, value):
 
 
 @pytest.mark.parametrize("more, takes, refuses", [
-    ({}, [], ["x", 1]), ({"additionalProperties": False}, [], ["x", 1]), ({"additionalProperties": True}, ["x", 1], []),
+    ({}, [], ["x", 1]), ({"additionalProperties": False}, [], ["x", 1]),
+    ({"additionalProperties": True}, ["x", 1], []),
     ({"additionalProperties": {}}, ["x", 1], []), ({"additionalProperties": STRING}, ["x"], [1]),
     ({"patternProperties": {"^X-": STRING}}, ["x", 1], []), ({"anyOf": [{}]}, ["x", 1], []),
     ({"patternProperties": {"^X-": STRING}, "additionalProperties": False}, ["x"], []),
-    ({"allOf": [{}]}, ["x"], []), ({"oneOf": [{}]}, ["x"], []), ({"$ref": "#"}, ["x"], []), ({"if": {}}, ["x"], []),
+    ({"allOf": [{}]}, ["x"], []), ({"oneOf": [{}]}, ["x"], []), ({"$ref": "#"}, ["x"], []),
+    ({"if": {}}, ["x"], []),
     ({"$ref": "#", "additionalProperties": False}, [], ["x"])])
 def test_members_beside_the_properties(more, takes, refuses):
-    """A map of headers, or parts that are not judged, allow members that the properties do not list; else none."""
+    """A map of headers, or parts that are not judged, allow members that the properties do not list;
+    else there are none."""
     schema = {"type": "object", "properties": {"a": INTEGER}, **more}
     for value in takes:
         check({"a": 1, "X-b": value}, schema)
@@ -81,7 +90,8 @@ def test_members_beside_the_properties(more, takes, refuses):
 def test_objects_without_properties():
     """Such an object is free, but for what additionalProperties and required say."""
     check({"x": 1}, {"type": "object"})
-    for schema, reason in (({"additionalProperties": False}, "unexpected argument x"), ({"required": ["y"]}, "missing"),
+    for schema, reason in (({"additionalProperties": False}, "unexpected argument x"),
+                           ({"required": ["y"]}, "missing"),
                            ({"additionalProperties": STRING}, "x must be of type string")):
         with pytest.raises(ValueError, match=reason):
             check({"x": 1}, schema)
@@ -91,9 +101,11 @@ def test_objects_without_properties():
 
 
 def test_messages_are_text_that_a_tokenizer_takes():
-    """Half a surrogate pair in a key or an option must not end the run when the message is tokenised; long keys are cut."""
+    """Half a surrogate pair in a key or an option must not end the run when the message is tokenised;
+    long keys are cut."""
     half = "\ud83d"
-    for value, schema in (({half: 1}, {"properties": {}}), ({}, {"required": [half]}), ("x", {"enum": [half, {half: 1}]}),
+    for value, schema in (({half: 1}, {"properties": {}}), ({}, {"required": [half]}),
+                          ("x", {"enum": [half, {half: 1}]}),
                           ({half: 1}, {"properties": {half: STRING}})):
         with pytest.raises(ValueError, match="\ufffd") as error:
             check(value, schema)

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import math
 import statistics
+from dataclasses import asdict, fields
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from conftest import ROW, roll, scripted
 
 import rest
 from rest import THOUGHT
-from toy_tools import show
+from toy_tools import options, show
 
 
 def test_the_printed_change_has_its_sign():
@@ -42,11 +44,16 @@ def test_the_episode_view_says_what_the_numbers_are(tokenizer):
     out.region, _ = rest.token_regions(out, chat)
     out.entropy = torch.where(out.region == THOUGHT, 2.0, 1.0)
     weight = torch.where(out.region == THOUGHT, 0.5, 1.5)
+    short = show.episode(chat, out, 1, weight, colour=False).splitlines()
+    assert short[0] == "[text 1.50|a][tag 1.50|<|im_end|>]"  # and nothing of the padding
     text = show.episode(chat, out, 0, weight, colour=False)
     assert text.splitlines()[0] == "[tag 1.50|<think>][thought 0.50|ab][tag 1.50|<|im_end|>]"
     assert [line.split() for line in text.splitlines()[2:]] == [
         ["format", "2", "tokens", "entropy", "1.000", "nats", "weight", "1.50"],
         ["thought", "2", "tokens", "entropy", "2.000", "nats", "weight", "0.50"]]
+    weight[0, 2] = 0.75  # tokens of one region that weigh differently are shown apart
+    text = show.episode(chat, out, 0, weight, colour=False)
+    assert "[thought 0.50|a][thought 0.75|b]" in text and text.split()[-1] == "0.62"
 
 
 def test_the_curve_shows_means_of_the_last_five_steps(tmp_path, monkeypatch):
@@ -89,16 +96,108 @@ def test_the_curve_shows_means_of_the_last_five_steps(tmp_path, monkeypatch):
         assert f[2] == pytest.approx(w[2]), f[:2]
 
 
-def test_methods_are_compared_over_seeds(tmp_path):
-    """Differences of 0.1 and 0.2 to the baseline: mean 0.15, half an interval of 12.71 * 0.0707 / sqrt(2) = 0.6355. A seed without baseline has no pair."""
-    for method, seed, after in (("grpo", 0, 0.5), ("grpo", 1, 0.6), ("rest", 0, 0.6), ("rest", 1, 0.8), ("rest", 2, 1.0), ("no-thought", 0, 0.4)):
-        folder = tmp_path / f"{method}-{seed}"
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps({"config": {"method": method, "seed": seed}}))
-        for when, exact in (("before", 0.25), ("after", after)):
-            (folder / f"{when}.json").write_text(json.dumps({"simple": {"n": 1, "exact": 1.0}, "all": {"n": 8, "exact": exact}}))
-    lines = show.seeds(sorted(tmp_path.iterdir()), tmp_path / "out.csv").splitlines()[2:]
-    assert lines == ["| grpo | 2 | 0.250 ± 0.000 | 0.550 ± 0.071 | – |", "| no-thought | 1 | 0.250 | 0.400 | – |",
-                     "| rest | 3 | 0.250 ± 0.000 | 0.800 ± 0.200 | +0.150 (-0.486 to +0.786) |"]
+# ------------------------------------------------------------------------------- methods over seeds
+
+def finished(folder, method, seed, after=0.5, **settings):
+    """The folder of a finished run of train_small.py. settings: those that are not the defaults."""
+    folder.mkdir()
+    names = {option.name for option in fields(rest.Config)}
+    knobs = {name: value for name, value in settings.items() if name in names}
+    run = asdict(options.Run()) | {"name": folder.name}
+    run |= {name: value for name, value in settings.items() if name in run}
+    config = {"config": asdict(rest.Config(method=method, seed=seed, **knobs)), "run": run,
+              "rows": settings.get("rows", f"rows of seed {seed}"),
+              "lengths": settings.get("lengths", [[0, 100]])}
+    (folder / "config.json").write_text(json.dumps(config))
+    for when, exact in (("before", 0.25), ("after", after)):
+        result = {"simple": {"n": 1, "exact": 1.0}, "all": {"n": 8, "exact": exact}}
+        (folder / f"{when}.json").write_text(json.dumps(result))
+    return folder
+
+
+def test_methods_are_compared_over_seeds(tmp_path, capsys):
+    """Differences of 0.1 and 0.2 to the baseline: mean 0.15, half an interval of
+    12.706 * 0.0707 / sqrt(2) = 0.6353. A seed without baseline has no pair. What a run was called,
+    how fast it was made to run, and what is part of a method may differ."""
+    runs = [("grpo", 0, 0.5, {}), ("grpo", 1, 0.6, {"model": "start-1", "save_steps": 7}),
+            ("rest", 0, 0.6, {"raw_weight": "inverse"}),
+            ("rest", 1, 0.8, {"raw_weight": "inverse", "model": "start-1", "micro_batch_tokens": 9}),
+            ("rest", 2, 1.0, {"raw_weight": "inverse"}),
+            ("dr-grpo", 0, 0.4, {"delta": 0.1})]
+    for method, seed, after, settings in runs:
+        finished(tmp_path / f"{method}-{seed}", method, seed, after, **settings)
+    folders = map(str, sorted(tmp_path.iterdir()))
+    show.main([str(tmp_path / "out.csv"), *folders])
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| dr-grpo | 1 | 0.250 | 0.400 | – |",
+        "| grpo | 2 | 0.250 ± 0.000 | 0.550 ± 0.071 | – |",
+        "| rest | 3 | 0.250 ± 0.000 | 0.800 ± 0.200 | +0.150 (-0.485 to +0.785) |"]
     rows = list(csv.DictReader(open(tmp_path / "out.csv")))
-    assert len(rows) == 24 and rows[1] == {"method": "grpo", "seed": "0", "when": "before", "category": "all", "n": "8", "exact": "0.25"}
+    assert len(rows) == 24 and rows[5] == {"method": "grpo", "seed": "0", "when": "before",
+                                           "category": "all", "n": "8", "exact": "0.25"}
+
+
+def refused(tmp_path, *folders):
+    """The one sentence with which the command refuses these runs; no table is written."""
+    with pytest.raises(SystemExit) as stop:
+        show.main([str(tmp_path / "out.csv"), *map(str, folders)])
+    sentence = str(stop.value.code)
+    assert "\n" not in sentence and not (tmp_path / "out.csv").exists()
+    return sentence
+
+
+def test_two_runs_of_one_method_and_seed_are_refused(tmp_path):
+    """The first of them once vanished from the table without a word."""
+    folders = [finished(tmp_path / name, "rest", 3) for name in ("one", "other")]
+    sentence = refused(tmp_path, *folders)
+    assert all(str(folder) in sentence for folder in folders) and "method rest and seed 3" in sentence
+
+
+@pytest.mark.parametrize("method, seed, settings", [
+    ("rest", 1, {"steps": 200}), ("grpo", 0, {"learning_rate": 1e-3}), ("grpo", 1, {"eval_samples": 9}),
+    ("grpo", 0, {"model": "another start"}), ("grpo", 0, {"rows": "others"}),
+    ("grpo", 0, {"delta": 0.1}), ("rest", 1, {"alpha_thought": 0.1}), ("dr-grpo", 0, {"clip": 0.1}),
+    ("grpo", 1, {"max_turns": 2}), ("rest", 1, {"lengths": [[0, 50], [50, 100]]}),
+    ("grpo", 0, {"data": "x.jsonl"})], ids=str)
+def test_runs_of_other_settings_are_refused(tmp_path, method, seed, settings):
+    """Also where a third run between them has the settings of the first."""
+    first = finished(tmp_path / "first", "rest", 0)
+    second = finished(tmp_path / "second", "no-thought", 0)
+    third = finished(tmp_path / "third", method, seed, **settings)
+    sentence = refused(tmp_path, first, second, third)
+    assert str(third) in sentence and next(iter(settings)) in sentence
+    assert str(first) in sentence or str(second) in sentence
+
+
+def test_a_run_that_has_not_finished_is_named(tmp_path):
+    """It once was a traceback; so was a folder that is none of a run, and a damaged file."""
+    first, second = finished(tmp_path / "first", "rest", 0), finished(tmp_path / "second", "grpo", 0)
+    (second / "after.json").write_text('{"all": {"n"')
+    assert "second/after.json is damaged" in refused(tmp_path, first, second)
+    (second / "after.json").unlink()
+    assert "second has no after.json: it has not finished" in refused(tmp_path, first, second)
+    (second / "config.json").unlink()
+    assert "second has no config.json" in refused(tmp_path, first, second)
+    assert "nowhere has no config.json" in refused(tmp_path, first, tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="nothing to compare"):
+        show.seeds([], tmp_path / "out.csv")
+
+
+def test_the_settings_that_may_differ_are_those_of_the_options():
+    """What a resumed run may change, but for its length; and the knobs that one method reads and
+    another does not."""
+    assert show.FREE == options.FREE - {"steps"}
+    assert show.OF_A_METHOD == set(options.READERS)
+
+
+@pytest.mark.parametrize("freedom", [*range(1, 36), 50, 100, 1000, 10**6])
+def test_quantiles_of_students_t(freedom):
+    """95% of the distribution lies within them, by its density, summed up. The table once ended at
+    ten degrees of freedom and gave those of ten to everything above."""
+    t = show.t95(freedom)
+    x = torch.linspace(-t, t, 200_001, dtype=torch.float64)
+    n = torch.tensor(float(freedom), dtype=torch.float64)
+    log_density = torch.lgamma((n + 1) / 2) - torch.lgamma(n / 2) - 0.5 * torch.log(n * math.pi)
+    density = torch.exp(log_density - (n + 1) / 2 * torch.log1p(x ** 2 / n))
+    allowed = 1e-4 if freedom <= 30 else 3e-4
+    assert float(torch.trapezoid(density, x)) == pytest.approx(0.95, abs=allowed)

@@ -1,9 +1,12 @@
-"""toy_tools/signal.py: its estimators on policies that are enumerated, on Gaussians whose moments are known, and the whole command."""
+"""toy_tools/signal.py: its estimators on policies that are enumerated, on Gaussians whose moments are
+known, and the whole command."""
 
 import csv
+import importlib.util
 import itertools
 import json
 import math
+import sys
 from dataclasses import asdict, replace
 
 import pytest
@@ -29,8 +32,8 @@ def gram_of(g):
 
 
 def gaussians(n, mean, spread, seed=0, dims=400):
-    """Gradients float64 [n, C, D]: mean [C, C'] (coefficients of fixed orthonormal directions) plus noise spread [C, C] in every coordinate.
-    True M = mean mean', true S = dims spread spread'."""
+    """Gradients float64 [n, C, D]: mean [C, C'] (coefficients of fixed orthonormal directions) plus
+    noise spread [C, C] in every coordinate. True M = mean mean', true S = dims spread spread'."""
     draw = torch.Generator().manual_seed(seed)
     base = torch.eye(mean.shape[1], dims, dtype=torch.float64)
     white = torch.randn(n, len(spread), dims, generator=draw, dtype=torch.float64)
@@ -44,10 +47,11 @@ TRUE_S = 400 * SPREAD @ SPREAD.T
 ONES = torch.ones(3, dtype=torch.float64)
 
 
-# ------------------------------------------------------------------------------------------------ enumerated: exactly unbiased
+# --------------------------------------------------------------------- enumerated: exactly unbiased
 
 def split_by_region(policy, A):
-    """[N, 2, D]: the gradient of every sequence, split into the tokens that are word 1 and all others."""
+    """[N, 2, D]: the gradient of every sequence, split into the tokens that are word 1 and all
+    others."""
     first = (policy.token == 1) & policy.alive
     return torch.stack([policy.gradient(A, mask.double()) for mask in (first, policy.alive & ~first)], 1)
 
@@ -69,10 +73,11 @@ def expected_moments(prob, g, n):
     return M, S
 
 
-@pytest.mark.parametrize("kind, V, T, end, n", [("tabular", 2, 2, None, 2), ("tabular", 3, 2, 0, 3), ("recurrent", 3, 2, None, 2)])
+@pytest.mark.parametrize("kind, V, T, end, n", [
+    ("tabular", 2, 2, None, 2), ("tabular", 3, 2, 0, 3), ("recurrent", 3, 2, None, 2)])
 def test_moments_are_exactly_unbiased_on_an_enumerated_policy(float64, kind, V, T, end, n):
-    """Guards M and S themselves: their mean over every possible set of n mini-batches is <E g_r, E g_s> and the trace of the covariance.
-    The naive ||mean g||^2 is not: it is up by S/n."""
+    """Guards M and S themselves: their mean over every possible set of n mini-batches is <E g_r, E g_s>
+    and the trace of the covariance. The naive ||mean g||^2 is not: it is up by S/n."""
     policy = Policy(kind, V=V, T=T, end=end)
     A = torch.linspace(-1.0, 2.0, len(policy.prob))
     g = split_by_region(policy, A)
@@ -86,7 +91,8 @@ def test_moments_are_exactly_unbiased_on_an_enumerated_policy(float64, kind, V, 
 
 
 def test_group_advantages_need_the_group_as_the_unit_and_noise_falls_with_the_prompts(float64):
-    """Mini-batches of whole groups of 2, group-normalised: still exactly unbiased, and S of batches of two groups is half of S of one."""
+    """Mini-batches of whole groups of 2, group-normalised: still exactly unbiased, and S of batches of
+    two groups is half of S of one."""
     policy = Policy("tabular", V=2, T=2)
     reward = policy.token.sum(1).double()
     member, prob = policy.groups(2)
@@ -103,8 +109,9 @@ def test_group_advantages_need_the_group_as_the_unit_and_noise_falls_with_the_pr
 
 
 def test_efficiency_is_what_the_best_step_gains(float64):
-    """On the quadratic f(x) = ||x - x0||^2 / 2 with noisy gradients the best step length along g(w) gains eta(w) of what the true gradient
-    gains: found here by trying step lengths, without the formula."""
+    """On the quadratic f(x) = ||x - x0||^2 / 2 with noisy gradients the best step length along g(w)
+    gains eta(w) of what the true gradient gains: found here by trying step lengths, without the
+    formula."""
     policy = Policy("tabular", V=3, T=2)
     g = split_by_region(policy, torch.linspace(-1.0, 2.0, len(policy.prob)))
     M, S = true_moments(policy.prob, g)
@@ -117,27 +124,32 @@ def test_efficiency_is_what_the_best_step_gains(float64):
         close(signal.efficiency(w, M, S, torch.ones(2)).clamp(min=0.0), expected, rtol=1e-4, atol=1e-8)
 
 
-# ------------------------------------------------------------------------------------------------ Gaussians: moments are known
+# --------------------------------------------------------------------- Gaussians: moments are known
 
 def test_moments_are_unbiased_on_gaussians():
-    """Mean of 300 measurements of 8 mini-batches within 4 standard errors of the true M and S; the odds of a false alarm are about 1 in 1,000."""
-    found = torch.stack([torch.stack(signal.moments(gram_of(gaussians(8, MEAN, SPREAD, seed)))) for seed in range(300)])
+    """Mean of 300 measurements of 8 mini-batches within 4 standard errors of the true M and S; the odds
+    of a false alarm are about 1 in 1,000."""
+    grams = [gram_of(gaussians(8, MEAN, SPREAD, seed)) for seed in range(300)]
+    found = torch.stack([torch.stack(signal.moments(gram)) for gram in grams])
     error = found.std(0) / math.sqrt(len(found))
     assert ((found.mean(0) - torch.stack([TRUE_M, TRUE_S])).abs() < 4 * error).all()
 
 
 def test_a_negative_estimate_stays_negative():
-    """Without signal M is 0 and half of its estimates are negative: a clamp would bias them up and hide that nothing was seen."""
-    found = torch.stack([signal.moments(gram_of(gaussians(4, 0 * MEAN, SPREAD, seed)))[0] for seed in range(400)])
+    """Without signal M is 0 and half of its estimates are negative: a clamp would bias them up and hide
+    that nothing was seen."""
+    grams = [gram_of(gaussians(4, 0 * MEAN, SPREAD, seed)) for seed in range(400)]
+    found = torch.stack([signal.moments(gram)[0] for gram in grams])
     total = found.sum((1, 2))
     assert 0.4 < (total < 0).double().mean() < 0.6
     assert total.mean().abs() < 4 * total.std() / math.sqrt(len(total))
-    M, S = signal.moments(gram_of(gaussians(4, 0 * MEAN, SPREAD, int((total < 0).nonzero()[0]))))
+    M, S = signal.moments(grams[int((total < 0).nonzero()[0])])
     assert signal.noise(ONES, M, S) < 0 and signal.efficiency(ONES, M, S, ONES) < 0
 
 
 def test_counts_stand_for_repeated_and_missing_mini_batches():
-    """A count of 0 leaves a mini-batch out; a batch of draws gives what one draw at a time gives; pairs of a mini-batch with itself never enter M."""
+    """A count of 0 leaves a mini-batch out; a batch of draws gives what one draw at a time gives; pairs
+    of a mini-batch with itself never enter M."""
     g = gaussians(6, MEAN, SPREAD)
     counts = torch.tensor([[1.0, 0, 1, 1, 0, 1], [2.0, 1, 0.5, 1, 3, 1]], dtype=torch.float64)
     M, S = signal.moments(gram_of(g), counts)
@@ -145,11 +157,13 @@ def test_counts_stand_for_repeated_and_missing_mini_batches():
         close(found, expected, rtol=1e-12, atol=1e-12)
     pairs = [(i, j) for i in range(6) for j in range(6) if i != j]
     total = sum(counts[1, i] * counts[1, j] for i, j in pairs)
-    close(M[1], sum(counts[1, i] * counts[1, j] * g[i] @ g[j].T for i, j in pairs) / total, rtol=1e-12, atol=1e-12)
+    expected = sum(counts[1, i] * counts[1, j] * g[i] @ g[j].T for i, j in pairs) / total
+    close(M[1], expected, rtol=1e-12, atol=1e-12)
 
 
 def test_efficiency_has_no_scale_and_is_at_most_one():
-    """eta(c w) = eta(w) for c > 0; without noise it is a squared cosine: 1 along the true gradient, at most 1 elsewhere, negative uphill."""
+    """eta(c w) = eta(w) for c > 0; without noise it is a squared cosine: 1 along the true gradient, at
+    most 1 elsewhere, negative uphill."""
     draw = torch.Generator().manual_seed(0)
     weights = torch.randn(200, 3, generator=draw, dtype=torch.float64)
     for S in (TRUE_S, 0 * TRUE_S):
@@ -162,18 +176,20 @@ def test_efficiency_has_no_scale_and_is_at_most_one():
 
 
 def test_best_weights_beat_all_others_on_the_same_gram():
-    """w* on a measured Gram matrix against 5,000 random weights, and w* >= 0 against the random weights that are >= 0; where w* is >= 0 by
-    itself the two agree, and where it is not the constraint costs something."""
+    """w* on a measured Gram matrix against 5,000 random weights, and w* >= 0 against the random weights
+    that are >= 0; where w* is >= 0 by itself the two agree, and where it is not the constraint costs
+    something."""
     draw = torch.Generator().manual_seed(0)
     weights = torch.randn(5000, 3, generator=draw, dtype=torch.float64)
-    crossed = torch.tensor([[0.2, 0.0, 0.0], [0.0, 0.5, 0.0], [0.1, 0.5, 0.01]], dtype=torch.float64)  # noise of 3 goes with noise of 2
+    # the noise of region 3 goes with that of region 2
+    crossed = torch.tensor([[0.2, 0.0, 0.0], [0.0, 0.5, 0.0], [0.1, 0.5, 0.01]], dtype=torch.float64)
     for spread, sign in ((SPREAD, None), (crossed, False)):
         M, S = signal.moments(gram_of(gaussians(16, MEAN, spread)))
         free, bound = signal.best_weights(M, S), signal.best_weights(M, S, nonnegative=True)
         eta = signal.efficiency(weights, M, S, ONES)
         assert signal.efficiency(free, M, S, ONES) >= eta.max()
-        inside = weights.abs()
-        assert (bound >= 0).all() and signal.efficiency(bound, M, S, ONES) >= signal.efficiency(inside, M, S, ONES).max()
+        inside = signal.efficiency(weights.abs(), M, S, ONES)
+        assert (bound >= 0).all() and signal.efficiency(bound, M, S, ONES) >= inside.max()
         if bool((free >= 0).all()):
             close(bound, free)
         elif sign is False:
@@ -181,8 +197,9 @@ def test_best_weights_beat_all_others_on_the_same_gram():
 
 
 def test_best_weights_without_an_answer_say_so():
-    """A region that no token lies in gets 0, not NaN; where M + S is not positive there is no best direction, and where every region points
-    downhill no weights >= 0 help: NaN, in a batch beside good ones too."""
+    """A region that no token lies in gets 0, not NaN; where M + S is not positive there is no best
+    direction, and where every region points downhill no weights >= 0 help: NaN, in a batch beside good
+    ones too."""
     M = torch.diag(torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64))
     S = torch.diag(torch.tensor([1.0, 0.0, 6.0], dtype=torch.float64))
     expected = torch.tensor([0.5, 0.0, 0.25], dtype=torch.float64)
@@ -196,8 +213,9 @@ def test_best_weights_without_an_answer_say_so():
 
 
 def test_cross_fitting_does_not_flatter_on_pure_noise():
-    """Without signal w* found and scored on the same mini-batches shows progress every time; found on one half and scored on the other it
-    shows none on average. 4 standard errors: a false alarm in about 1 of 15,000."""
+    """Without signal w* found and scored on the same mini-batches shows progress every time; found on
+    one half and scored on the other it shows none on average. 4 standard errors: a false alarm in about
+    1 of 15,000."""
     inside, across = [], []
     for seed in range(200):
         gram = gram_of(gaussians(8, 0 * MEAN, SPREAD, seed, dims=30))
@@ -212,7 +230,8 @@ def test_cross_fitting_does_not_flatter_on_pure_noise():
 
 
 def test_cross_fitting_finds_a_real_gain():
-    """With signal the cross-fitted gain over uniform weights lies between 1 and what the true best weights gain."""
+    """With signal the cross-fitted gain over uniform weights lies between 1 and what the true best
+    weights gain."""
     gram = gram_of(gaussians(64, MEAN, SPREAD, dims=400))
     M, S = signal.moments(gram)
     along, _, square = signal.cross_fitted(*signal.split_moments(gram)[1:], ONES)
@@ -223,13 +242,15 @@ def test_cross_fitting_finds_a_real_gain():
 
 
 def test_intervals_hold_the_truth():
-    """95% bootstrap intervals of M_1 and of the gain of fixed weights hold the true values in at least 85% of 60 measurements (they are
-    meant to be right or too wide; at a true 95% fewer than 51 have odds below 1 in 1,000); without signal there is no interval."""
+    """95% bootstrap intervals of M_1 and of the gain of fixed weights hold the true values in at least
+    85% of 60 measurements (they are meant to be right or too wide; at a true 95% fewer than 51 have odds
+    below 1 in 1,000); without signal there is no interval."""
     weights = torch.tensor([2.0, 0.3, 0.3], dtype=torch.float64)
     truth = signal.efficiency(weights, TRUE_M, TRUE_S, ONES) / signal.efficiency(ONES, TRUE_M, TRUE_S, ONES)
     held = torch.zeros(2)
     for seed in range(60):
-        M, S = signal.moments(gram_of(gaussians(32, MEAN, SPREAD, seed)), signal.bootstrap_counts(32, 200, seed))
+        gram = gram_of(gaussians(32, MEAN, SPREAD, seed))
+        M, S = signal.moments(gram, signal.bootstrap_counts(32, 200, seed))
         gain = signal.efficiency(weights, M, S, ONES) / signal.efficiency(ONES, M, S, ONES)
         for k, (draws, true) in enumerate(((M.sum((1, 2)), TRUE_M.sum()), (gain, truth))):
             low, high = signal.interval(draws)
@@ -241,21 +262,25 @@ def test_intervals_hold_the_truth():
     assert math.isnan(signal.interval(draws)[0])
 
 
-# ------------------------------------------------------------------------------------------------ gradients of mini-batches
+# ------------------------------------------------------------------------ gradients of mini-batches
 
-TEXTS = [CALL, CALL.replace("sum", "a longer thought"), "<response>no</response>", CALL.replace('"b": 2', '"b": 3') + "!"]
+TEXTS = [CALL, CALL.replace("sum", "a longer thought"),
+         "<response>no</response>", CALL.replace('"b": 2', '"b": 3') + "!"]
 
 
 def written(engine, talk, texts=TEXTS, group=2):
-    """A Rollout in which ROW's policy wrote `texts`, with the log-probabilities it gives them, and advantages of +1 and -1 in turn."""
+    """A Rollout in which ROW's policy wrote `texts`, with the log-probabilities it gives them, and
+    advantages of +1 and -1 in turn."""
     ids = [talk.encode(text) + [talk.tokenizer.eos_token_id] for text in texts]
     N, T = len(ids), max(map(len, ids))
     length = torch.tensor([len(row) for row in ids])
     tokens = torch.tensor([row + [0] * (T - len(row)) for row in ids])
     sampled = torch.arange(T) < length[:, None]
     rows = [ROW] * (N // group)
-    batch = rest.Rollout(rows, [talk.prompt(row)[0] for row in rows], group, tokens, sampled, torch.zeros(N, T), torch.zeros(N, T), length,
-                         torch.zeros(N, dtype=torch.bool), [[(0, len(row))] for row in ids], [[text] for text in texts], [0] * N)
+    batch = rest.Rollout(
+        rows, [talk.prompt(row)[0] for row in rows], group, tokens, sampled, torch.zeros(N, T),
+        torch.zeros(N, T), length, torch.zeros(N, dtype=torch.bool), [[(0, len(row))] for row in ids],
+        [[text] for text in texts], [0] * N)
     with torch.no_grad():
         batch.logp = torch.where(sampled, rest.Engine(engine.model).logps(batch, list(range(N)), 1.0), 0.0)
     batch.entropy = torch.where(sampled, torch.rand(N, T, generator=torch.Generator().manual_seed(0)), 0.0)
@@ -265,8 +290,9 @@ def written(engine, talk, texts=TEXTS, group=2):
 
 @pytest.mark.parametrize("aggregation", ["sequence", "constant", "token"])
 def test_region_gradients_add_up_to_the_whole_gradient(tokenizer, aggregation):
-    """The five regions' gradients add up to the unweighted one, which is the gradient that training without weights takes; each is the sum
-    over its own tokens; nothing depends on the size of micro-batches or on sharing prompts."""
+    """The five regions' gradients add up to the unweighted one, which is the gradient that training
+    without weights takes; each is the sum over its own tokens; nothing depends on the size of
+    micro-batches or on sharing prompts."""
     engine, talk = rest.Engine(qwen3()), rest.Chat(tokenizer)
     batch, advantages = written(engine, talk)
     cfg = rest.Config(method="grpo", group=2, prompts=2, aggregation=aggregation)
@@ -283,8 +309,9 @@ def test_region_gradients_add_up_to_the_whole_gradient(tokenizer, aggregation):
     close(before - after, whole, rtol=1e-3, atol=1e-5)
 
     model = qwen3()
-    parts = batch.sampled.sum(1) if aggregation == "sequence" else torch.full((4,), float(cfg.max_completion_tokens))
-    scale = 1 / batch.sampled.sum().expand(4) if aggregation == "token" else 1 / (4 * parts)
+    tokens = batch.sampled.sum(1)
+    scale = {"sequence": 1 / (4 * tokens), "constant": torch.full((4,), 1 / (4 * cfg.max_completion_tokens)),
+             "token": 1 / tokens.sum().expand(4)}[aggregation]
     for r, members in enumerate(rest.PAPER_REGIONS.values()):
         loss = 0.0
         for i in range(4):
@@ -307,7 +334,8 @@ def test_region_gradients_add_up_to_the_whole_gradient(tokenizer, aggregation):
 
 
 def test_methods_get_the_gradient_that_training_with_them_takes(tokenizer):
-    """A method's column is minus the step of rest.update with its weights; the columns stand in the order of the names."""
+    """A method's column is minus the step of rest.update with its weights; the columns stand in the
+    order of the names."""
     talk, cfg = rest.Chat(tokenizer), rest.Config(group=2, prompts=2)
     methods = ("rest", "top-entropy", "shuffled")
     batch, advantages = written(rest.Engine(qwen3()), talk)
@@ -317,9 +345,41 @@ def test_methods_get_the_gradient_that_training_with_them_takes(tokenizer):
         model = qwen3()
         before = torch.cat([p.detach().flatten() for p in model.parameters()])
         weight = rest.WEIGHTS[method](batch, cfg, 0.5)
-        rest.update(rest.Engine(model), torch.optim.SGD(model.parameters(), lr=1.0), batch, advantages, weight, replace(cfg, max_grad_norm=1e9))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        rest.update(rest.Engine(model), optimizer, batch, advantages, weight, replace(cfg, max_grad_norm=1e9))
         close(before - torch.cat([p.detach().flatten() for p in model.parameters()]), g, rtol=1e-3, atol=1e-5)
     assert float((found[0] - found[1]).norm()) > 1e-3 and float((found[0] - found[2]).norm()) > 1e-3
+
+
+def test_weights_of_regions_are_those_of_the_methods(tokenizer):
+    """The linear methods' weights are rest.py's, a mean over tokens where mini-batches differ; the report scales
+    any weights to a token mean of 1."""
+    batch, _ = written(rest.Engine(qwen3()), rest.Chat(tokenizer))
+    other = replace(batch, entropy=2 * batch.entropy, sampled=batch.sampled.clone(), region=batch.region.clone())
+    other.sampled[:3] = False
+    other.region[:3] = -1
+    cfg = rest.Config(raw_weight="inverse", alpha_thought=0.8)
+    facts = signal.region_facts([batch, other], cfg, 0.5)
+    for r, (name, members) in enumerate(rest.PAPER_REGIONS.items()):
+        count = [sum(int((b.region == member).sum()) for member in members) for b in (batch, other)]
+        assert int(facts["tokens"][r]) == sum(count) > 0
+        for method, kind, at in (("curriculum", "inverse", 0.5), ("curriculum at the end", "inverse", 1.0),
+                                 ("raw one-minus-exp", "one-minus-exp", 0.0)):
+            each = [rest.region_weights(b, replace(cfg, raw_weight=kind), at)[members[0]] for b in (batch, other)]
+            expected = sum(c * w for c, w in zip(count, each)) / sum(count)
+            close(facts["linear"][method][r], expected, rtol=1e-5, atol=1e-6)
+        without = 0.0 if name == "thought" else facts["linear"]["curriculum"][r]
+        assert facts["linear"]["curriculum, no thought"][r] == without
+        assert facts["linear"]["uniform"][r] == 1.0
+
+    gram = gram_of(torch.randn(8, 5, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 0.5)
+    point = {"run": "a", "step": 1, "prompts": 2, "group": 2, "batches": 8, "columns": signal.REGIONS,
+             "gram": dict.fromkeys(signal.COORDINATES, gram), **facts}
+    share = facts["tokens"] / facts["tokens"].sum()
+    for line in signal.table([point], 20):
+        weights = torch.tensor([line[f"w_{name}"] for name in signal.REGIONS])
+        if not line["method"].endswith("cross-fitted") and not weights.isnan().any():
+            assert float((share * weights.abs()).sum()) == pytest.approx(1.0, rel=1e-4)
 
 
 def test_groups_without_an_advantage_have_no_gradient(tokenizer):
@@ -331,13 +391,16 @@ def test_groups_without_an_advantage_have_no_gradient(tokenizer):
     found = signal.gradients(engine, batch, 0 * advantages, signal.columns(batch, cfg, 0.0, ()), cfg)
     assert found.shape == (5, 1, size) and not found.any()
     project = signal.Sketch(size, 64)
-    found = signal.gradients(engine, batch, 0 * advantages, signal.columns(batch, cfg, 0.0, ()), cfg, lambda g: torch.stack([project(g)] * 3))
+    cols = signal.columns(batch, cfg, 0.0, ())
+    found = signal.gradients(
+        engine, batch, 0 * advantages, cols, cfg, lambda g: torch.stack([project(g)] * 3))
     assert found.shape == (5, 3, 64) and not found.any()
 
 
 def test_sketches_are_linear_and_unbiased():
-    """Over 400 sketches of 64 coordinates the mean inner product of two vectors is the true one within 4 standard errors, and their spread
-    is that of a count sketch; a sketch as wide as the vector is exact; inputs stay as they were."""
+    """Over 400 sketches of 64 coordinates the mean inner product of two vectors is the true one within 4
+    standard errors, and their spread is that of a count sketch; a sketch as wide as the vector is exact;
+    inputs stay as they were."""
     draw = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 1000, generator=draw)
     y = y + 0.5 * x
@@ -364,14 +427,16 @@ def test_grams_scale_whole_gradients_and_take_sketches_as_they_are():
     assert list(found) == list(signal.COORDINATES)
     for K, scale in zip(found.values(), scales):
         for i, r, j, s in itertools.product(range(3), range(2), range(3), range(2)):
-            close(K[i, r, j, s], (g[i, r, 0].double() * scale * g[j, s, 0].double() * scale).sum(), rtol=1e-6, atol=1e-3)
+            expected = (g[i, r, 0].double() * scale * g[j, s, 0].double() * scale).sum()
+            close(K[i, r, j, s], expected, rtol=1e-6, atol=1e-3)
     copies = torch.stack([g[:, :, 0] * scale for scale in scales], 2)  # (n, C, 3, m)
     for name, K in signal.grams(list(copies), scales).items():
         close(K, found[name], rtol=1e-5, atol=1e-2)
 
 
 def test_second_moment_is_adamws_own():
-    """After k steps of AdamW, v as one more step leaves it; before the first step the square itself; of another policy: a sentence."""
+    """After k steps of AdamW, v as one more step leaves it; before the first step the square itself; of
+    another policy: a sentence."""
     parameters = [torch.nn.Parameter(torch.randn(3, 2)), torch.nn.Parameter(torch.randn(4))]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.95))
     for k in range(4):
@@ -382,13 +447,14 @@ def test_second_moment_is_adamws_own():
         parameters[0].grad, parameters[1].grad = square[:6].sqrt().view(3, 2), square[6:].sqrt()
         optimizer.step()
         states = [optimizer.state[p] for p in parameters]
-        close(v, torch.cat([s["exp_avg_sq"].flatten() for s in states]) / (1 - 0.95 ** (k + 1)), rtol=1e-4, atol=1e-7)
+        expected = torch.cat([state["exp_avg_sq"].flatten() for state in states]) / (1 - 0.95 ** (k + 1))
+        close(v, expected, rtol=1e-4, atol=1e-7)
         assert eps == 1e-8
     with pytest.raises(ValueError, match="not of this policy"):
         signal.second_moment(optimizer.state_dict(), torch.rand(11))
 
 
-# ------------------------------------------------------------------------------------------------ the command
+# -------------------------------------------------------------------------------------- the command
 
 def make_run(folder, tokenizer, seed=0, steps=(0, 3), **options):
     """A run of a random policy that kept `steps` and ended at step 4, with AdamW's state from 1 on."""
@@ -417,9 +483,11 @@ def lines_of(path):
     return list(csv.DictReader(open(path)))
 
 
-def test_the_command_measures_pools_and_goes_on_after_an_interruption(tokenizer, tmp_path, monkeypatch, capsys):
-    """Two runs measured: every line is there, uniform weights gain exactly 1, noise falls as 1/P; stopped in the middle of either pass the
-    same command goes on and ends with the same numbers; a third time nothing is rolled out again; nothing but the result is left."""
+def test_the_command_measures_pools_and_goes_on_after_an_interruption(
+        tokenizer, tmp_path, monkeypatch, capsys):
+    """Two runs measured: every line is there, uniform weights gain exactly 1, noise falls as 1/P;
+    stopped in the middle of either pass the same command goes on and ends with the same numbers; a third
+    time nothing is rolled out again; nothing but the result is left."""
     monkeypatch.setattr(rest, "score_texts", by_text)
     drawn = signal.bootstrap_counts
     monkeypatch.setattr(signal, "bootstrap_counts", lambda n, draws, seed: drawn(n, 40, seed))
@@ -439,7 +507,8 @@ def test_the_command_measures_pools_and_goes_on_after_an_interruption(tokenizer,
     signal.main([*command, "--out", str(tmp_path / "one")])
     assert len(calls) == 3 + 2 * 8 * 4
     printed = capsys.readouterr().out
-    assert "step 3: 8 mini-batches of 2 prompts x 2" in printed and "pooled over 2, step 4: 16 mini-batches" in printed
+    assert "step 3: 8 mini-batches of 2 prompts x 2" in printed
+    assert "pooled over 2, step 4: 16 mini-batches" in printed
     signal.main([*command, "--out", str(tmp_path / "two")])
     assert len(calls) == 3 + 2 * 8 * 4
     assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
@@ -461,23 +530,26 @@ def test_the_command_measures_pools_and_goes_on_after_an_interruption(tokenizer,
         if line["method"] == "uniform" and line["gain"]:
             assert float(line["gain"]) == 1.0
         if line["method"] in ("uniform", "rest"):
-            same = [x for x in lines if all(x[k] == line[k] for k in ("run", "step", "coordinates", "method"))]
-            by_size = {float(x["prompts"]): float(x["noise"]) for x in same}
-            assert by_size[0.5] == pytest.approx(4 * by_size[2.0], rel=1e-3) == pytest.approx(16 * by_size[8.0], rel=1e-3)
-    assert (tmp_path / "one.png").stat().st_size > 10_000 if importable("matplotlib") else "pip install matplotlib" in printed
+            keys = ("run", "step", "coordinates", "method")
+            same = [other for other in lines if all(other[key] == line[key] for key in keys)]
+            by_size = {float(other["prompts"]): float(other["noise"]) for other in same}
+            assert by_size[0.5] == pytest.approx(4 * by_size[2.0], rel=1e-3)
+            assert by_size[2.0] == pytest.approx(4 * by_size[8.0], rel=1e-3)
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "one.png").stat().st_size > 10_000
 
 
-def importable(name):
-    try:
-        __import__(name)
-    except ImportError:
-        return False
-    return True
+def test_without_matplotlib_the_figure_is_refused_in_words(monkeypatch, tmp_path):
+    """Its absence gives the pip line, and nothing else is lost."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match="pip install matplotlib"):
+        signal.figure([], tmp_path / "x.png")
 
 
 def test_pooling_a_checkpoint_with_itself_changes_no_estimate(tokenizer, tmp_path, monkeypatch):
-    """Moments are averaged over runs, so twice the same run gives the same estimates; and sketched measurements agree with whole gradients
-    to the accuracy of the sketch, exactly where it is as wide as the gradient."""
+    """Moments are averaged over runs, so twice the same run gives the same estimates; and sketched
+    measurements agree with whole gradients to the accuracy of the sketch, exactly where it is as wide as
+    the gradient."""
     monkeypatch.setattr(rest, "score_texts", by_text)
     run = make_run(tmp_path / "a", tokenizer)
     args = signal.parse([str(run), *SMALL])
@@ -489,10 +561,9 @@ def test_pooling_a_checkpoint_with_itself_changes_no_estimate(tokenizer, tmp_pat
         found[sketch] = signal.measure(point, tmp_path / f"sketch{sketch}", 8, ("rest",), sketch, bar)
     for name in signal.COORDINATES:
         exact, same, rough = (K["gram"][name] for K in found.values())
-        norms = exact.diagonal(dim1=0, dim2=2).diagonal().sqrt().T  # (R, n) -> (n, R)
         norms = exact.flatten(0, 1).flatten(1, 2).diagonal().sqrt()
         error = (rough - exact).flatten(0, 1).flatten(1, 2).abs() / (norms[:, None] * norms).clamp(min=1e-12)
-        assert 0 < float(error.max()) < 8 / 64
+        assert 0 < float(error.max()) < 16 / 64
         close(same, exact, rtol=1e-4, atol=float(1e-5 * exact.abs().max()))
     single, double = signal.table([found[0]], 50), signal.table([found[0]] * 2, 50)
     for a, b in zip(single, double):
@@ -500,9 +571,31 @@ def test_pooling_a_checkpoint_with_itself_changes_no_estimate(tokenizer, tmp_pat
             assert a[key] == pytest.approx(b[key], rel=1e-6, nan_ok=True), key
 
 
+def test_adamw_coordinates_have_unit_mean_square(tokenizer, tmp_path, monkeypatch):
+    """Before the first step v is the mean square of the clipped gradients, so in AdamW's coordinates these have
+    a mean square of 1 in every coordinate that has a gradient; half-way it is the mean root of v."""
+    monkeypatch.setattr(rest, "score_texts", by_text)
+    run = make_run(tmp_path / "a", tokenizer)
+    point = signal.load(run, 0, run / "kept" / "step0", signal.parse([str(run), *SMALL]))
+    seen = []
+    original = signal.second_moment
+    monkeypatch.setattr(signal, "second_moment", lambda *args: seen.append(original(*args)) or seen[-1])
+    gram = signal.measure(point, tmp_path / "out", 8, (), 0, signal.tqdm(disable=True))["gram"]
+    (v, eps), = seen
+    square = {name: K.sum((1, 3)).diagonal() for name, K in gram.items()}      # ||g_i||^2, [8]
+    clipped = (point.cfg.max_grad_norm ** 2 / square["plain"]).clamp(max=1.0)
+    assert float(clipped.min()) < 0.9  # else clipping is not seen here
+    used = (v / (v.sqrt() + eps) ** 2).double().sum()
+    assert float(used) > 1000
+    close((clipped * square["plain"]).mean(), v.double().sum(), rtol=1e-3, atol=0)
+    close((clipped * square["half-adamw"]).mean(), (v / (v.sqrt() + eps)).double().sum(), rtol=1e-3, atol=0)
+    close((clipped * square["adamw"]).mean(), used, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("args, words", [
-    (["--batches", "4"], "at least 8"), (["--methods", "magic"], "unknown method magic"), (["--steps", "7"], "it has those of 0, 3, 4"),
-    (["--prompts", "500"], "lower --prompts"), (["--prompts", "-1"], "must not be negative")])
+    (["--batches", "4"], "at least 8"), (["--methods", "magic"], "unknown method magic"),
+    (["--steps", "7"], "it has those of 0, 3, 4"), (["--prompts", "500"], "lower --prompts"),
+    (["--prompts", "-1"], "must not be negative")])
 def test_wrong_options_get_one_sentence(tokenizer, tmp_path, args, words):
     run = make_run(tmp_path / "a", tokenizer)
     with pytest.raises(SystemExit, match=words):
@@ -510,8 +603,8 @@ def test_wrong_options_get_one_sentence(tokenizer, tmp_path, args, words):
 
 
 def test_folders_that_cannot_be_measured_get_one_sentence(tokenizer, tmp_path):
-    """No run, no checkpoint, a configuration of another version, a policy whose instructions are not known, and a measurement that began
-    with other settings."""
+    """No run, no checkpoint, a configuration of another version, a policy whose instructions are not
+    known, and a measurement that began with other settings."""
     def fails(run, words, *args):
         with pytest.raises(SystemExit, match=words):
             signal.main([str(run), *SMALL, *args])

@@ -3,6 +3,8 @@
 Wrong input is in test_options.py. `REST_LONG=1` kills the command 20 times instead of once."""
 
 import csv
+import inspect
+import itertools
 import json
 import os
 import random
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ from conftest import CALL, ROW, by_text, byte_tokenizer, qwen3, write_rows
 
 import rest
 import train_small
-from toy_tools import policy, runs, tasks
+from toy_tools import policy, runs, show, tasks
 
 ROOT = Path(__file__).resolve().parent.parent
 KILLS = 20 if os.environ.get("REST_LONG") else 1
@@ -137,6 +140,7 @@ def test_the_printed_table_is_before_and_after(start, tmp_path, capsys):
     before, after = (json.loads((tmp_path / f"a/{when}.json").read_text())
                      for when in ("before", "after"))
     assert before != after
+    assert before["all"]["n"] == after["all"]["n"] == 28  # 10 tasks, 14 steps, 2 samples
     for key, old in before.items():
         new = after[key]
         assert [key, str(old["n"]), f"{old['exact']:.3f}", "->", f"{new['exact']:.3f}",
@@ -157,6 +161,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(start, tmp_path, monkeypatch
     the weights. Options that would make another run of it are refused; the start is not measured
     again; Ctrl-C means afterwards what it meant before."""
     monkeypatch.setattr(rest, "score_texts", by_text)
+    on_interrupt = signal.getsignal(signal.SIGINT)
     options = ["--steps", "5", "--weight-decay", "0.1"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(tmp_path, "--name", "whole", *options)
@@ -176,6 +181,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one(start, tmp_path, monkeypatch
         changed = options if name != "weight-decay" else options[:2]
         with pytest.raises(SystemExit, match=f"other settings than the run began with .*--{name}"):
             run(tmp_path, "--name", "parts", *changed, "--resume", f"--{name}", value)
+    with pytest.raises(SystemExit, match="other settings than the run began with .*--mask-names"):
+        run(tmp_path, "--name", "parts", *options, "--resume", "--mask-names")
     measured, evaluate = [], rest.evaluate
     monkeypatch.setattr(rest, "evaluate", lambda *a, **k: measured.append(1) or evaluate(*a, **k))
     run(tmp_path, "--name", "parts", *options, "--resume")
@@ -185,7 +192,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(start, tmp_path, monkeypatch
     assert torch.equal(weights(whole), weights(parts))
     run(tmp_path, "--name", "undecayed", "--steps", "5")
     assert not torch.equal(weights(whole), weights(tmp_path / "undecayed"))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is on_interrupt
 
 
 def test_a_crash_between_checkpoints_loses_only_what_is_redone(start, tmp_path, monkeypatch):
@@ -203,6 +210,7 @@ def test_a_crash_between_checkpoints_loses_only_what_is_redone(start, tmp_path, 
     monkeypatch.setattr(rest, "train_step", crash)
     with pytest.raises(RuntimeError):
         run(tmp_path, "--name", "parts", "--steps", "5", "--save-steps", "2")
+    assert torch.load(parts / "checkpoint/trainer.pt", weights_only=True)["step"] == 2
     assert len(metrics(parts)) == 3  # nothing lost: step 2 is logged though not checkpointed
     monkeypatch.setattr(rest, "train_step", step)
     with open(parts / "metrics.jsonl", "a") as file:
@@ -213,6 +221,63 @@ def test_a_crash_between_checkpoints_loses_only_what_is_redone(start, tmp_path, 
     (parts / "checkpoint").rename(parts / "checkpoint.part")  # killed between the moves of a save
     run(tmp_path, "--name", "parts", "--steps", "5", "--save-steps", "2", "--resume")
     assert torch.equal(weights(whole), weights(parts))
+
+
+def test_a_second_interrupt_stops_at_once(start, tmp_path, monkeypatch):
+    """The first lets the step finish, the second does not: the step is not in the log."""
+    step = rest.train_step
+
+    def interrupted(*args, **kwargs):
+        if args[5] == 1:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return step(*args, **kwargs)
+    monkeypatch.setattr(rest, "train_step", interrupted)
+    with pytest.raises(SystemExit, match="what was saved before is kept"):
+        run(tmp_path, "--name", "a", "--steps", "3", "--save-steps", "1")
+    assert len(metrics(tmp_path / "a")) == 1 and learnt(tmp_path / "a", start)
+
+
+def test_what_a_run_says_of_itself(start, tmp_path, monkeypatch, capsys):
+    """With a clock that ticks once a reading: three steps of one tick a phase. Updates that were
+    skipped in any step are counted. The episode shown is one that has the most regions. Without
+    matplotlib there is no curve, and that is said."""
+    ticks, shown, step, episode = itertools.count(), [], rest.train_step, show.episode
+
+    def skipping(*args, **kwargs):
+        logged, *rest_of_it = step(*args, **kwargs)
+        return {**logged, "skipped_updates": int(args[5] < 2)}, *rest_of_it
+
+    def watch(chat, batch, i, *args):
+        shown.append([len(set(row)) for row in batch.region.tolist()])
+        shown.append(i)
+        return episode(chat, batch, i, *args)
+
+    def no_curve(files, out):
+        raise ImportError("not installed")
+    clock = SimpleNamespace(perf_counter=lambda: float(next(ticks)))
+    for module in (train_small, runs):
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(rest, "train_step", skipping)
+    monkeypatch.setattr(show, "episode", watch)
+    monkeypatch.setattr(show, "curve", no_curve)
+    run(tmp_path, "--name", "a", "--steps", "3", "--eval-rows", "0")
+    seconds = json.loads((tmp_path / "a/time.json").read_text())
+    # each step reads the clock at its start and after each of three phases, and the end once more
+    assert [seconds[name] for name in ("rollout", "reward", "update", "steps")] == [3, 3, 3, 13]
+    regions, i = shown
+    assert regions[i] == max(regions) > min(regions)
+    printed = capsys.readouterr().out
+    assert "2 updates were skipped" in printed and "No curve.png: not installed" in printed
+
+
+def test_a_missing_package_is_one_sentence(start, tmp_path, monkeypatch):
+    """As wrong input is: what to install, and no traceback."""
+    def missing(*args, **kwargs):
+        raise ImportError("pip install gguf accelerate")
+    monkeypatch.setattr(policy, "load_model", missing)
+    with pytest.raises(SystemExit, match="error: pip install gguf accelerate"):
+        run(tmp_path, "--model", "model.gguf", "--steps", "1", "--warm-start-steps", "0")
 
 
 def test_rows_of_a_step():
@@ -259,7 +324,8 @@ def chat_model(folder):
 
 def demonstrations(path, n):
     row = {key: ROW[key] for key in ("messages", "tools", "gold")}
-    return write_rows(path, [{**row, "demo": [{"think": f"t{i}", "response": None}]} for i in range(n)])
+    return write_rows(path, [{**row, "demo": [{"think": f"t{i}", "response": None}]}
+                             for i in range(n)])
 
 
 def test_a_model_from_a_folder_trains_on_data_from_a_file(tmp_path, monkeypatch):
@@ -269,8 +335,11 @@ def test_a_model_from_a_folder_trains_on_data_from_a_file(tmp_path, monkeypatch)
     model, data = chat_model(tmp_path / "model"), demonstrations(tmp_path / "data.jsonl", 6)
     more = ["--model", str(model), "--data", str(data), "--eval-data", str(data), "--steps", "2",
             "--name", "other"]
+    default = ["--learning-rate", str(rest.Config.learning_rate)]
     with pytest.raises(SystemExit, match="would wreck a pretrained model"):
-        run(tmp_path, *more, "--learning-rate", str(rest.Config.learning_rate))
+        run(tmp_path, *more, *default)
+    of_start = ["0" if word == "2" else "start" if word == "other" else word for word in more]
+    run(tmp_path, *of_start, *default)  # a start uses no rate
     with monkeypatch.context() as patch:
         patch.setattr(rest, "train_step", lambda *_: 1 / 0)
         with pytest.raises(RuntimeError, match="step 0 failed"):
@@ -283,71 +352,155 @@ def test_a_model_from_a_folder_trains_on_data_from_a_file(tmp_path, monkeypatch)
 
 
 def test_what_a_real_model_is_told(tmp_path, monkeypatch):
-    """The same instructions in the warm start, in training and in evaluation; and one's own
-    demonstrations are imitated as they are, whatever --noise says of the toy ones."""
+    """The same instructions in the warm start, in training and in evaluation; the options of the
+    warm start reach it; and one's own demonstrations are imitated as they are, without the noise
+    of the toy ones."""
     model, data = chat_model(tmp_path / "model"), demonstrations(tmp_path / "data.jsonl", 12)
     seen, step, evaluate = {}, rest.train_step, rest.evaluate
 
     def warm_start(model, tokenizer, pairs, *args, **kwargs):
-        seen.update(pairs=pairs, warm=args[-1])
+        given = inspect.signature(real).bind(model, tokenizer, pairs, *args, **kwargs)
+        seen.update(given.arguments)
+    real = policy.warm_start
     monkeypatch.setattr(rest, "score_texts", by_text)
     monkeypatch.setattr(policy, "warm_start", warm_start)
     monkeypatch.setattr(rest, "train_step", lambda *a: seen.update(train=a[1].instructions) or step(*a))
     monkeypatch.setattr(rest, "evaluate", lambda *a, **k: seen.update(eval=a[1].instructions)
                         or evaluate(*a, **k))
     run(tmp_path, "--model", str(model), "--data", str(data), "--eval-data", str(data),
-        "--steps", "1", "--name", "m")
+        "--steps", "1", "--name", "m", "--seed", "4", "--warm-start-batch", "5", "--micro-batch", "3",
+        "--warm-start-lr", "0.01")
     assert learnt(tmp_path / "m", model)
-    assert seen["warm"] == seen["train"] == seen["eval"] == train_small.INSTRUCTIONS
+    names = ("steps", "batch", "learning_rate", "seed", "micro_batch")
+    assert [seen[name] for name in names] == [2, 5, 0.01, 4, 3]
+    assert seen["instructions"] == seen["train"] == seen["eval"] == train_small.INSTRUCTIONS
     assert [text for _, text in seen["pairs"]] == [
         tasks.completion_text(ROW["gold"][0], f"t{i}") for i in range(12)]
 
 
+@pytest.mark.parametrize("mode", [["--steps", "1"], ["--eval-only"]], ids=["train", "eval-only"])
+def test_options_reach_the_embedded_policy_and_its_tasks(tmp_path, monkeypatch, mode):
+    """Seed, warm start, noise and masked names, when training and when only evaluating."""
+    asked, rows = [], []
+
+    def make_rows(n, split, seed=0, **options):
+        rows.append((n, split, seed, options["mask_names"]))
+        return real(n, split, seed, **options)
+
+    def tiny_policy(seed, steps, noise=0.22, mask_names=False, device="cpu"):
+        asked.append((seed, steps, noise, mask_names))
+        return qwen3(), byte_tokenizer()
+    real = tasks.make_rows
+    monkeypatch.setattr(tasks, "make_rows", make_rows)
+    monkeypatch.setattr(policy, "tiny_policy", tiny_policy)
+    run(tmp_path, *mode, "--seed", "5", "--warm-start-steps", "7", "--noise", "0.4", "--mask-names")
+    assert asked == [(5, 7, 0.4, True)]
+    wanted = {(40, "train", 5, True), (5, "test", 5, True)}
+    assert set(rows) == {row for row in wanted if row[1] == "test" or "--steps" in mode}
+
+
+def test_options_reach_a_loaded_model(tmp_path, monkeypatch):
+    """--dtype and --gradient-checkpointing; and the rows of --eval-data are the held-out ones, of
+    the test split where a data set has splits."""
+    seen, load_model, evaluate = {"splits": []}, policy.load_model, rest.evaluate
+    load_rows = train_small.load_rows
+
+    def watch_rows(source, split="train"):
+        seen["splits"].append((Path(source).name, split))
+        return load_rows(source, split)
+
+    def watch_load(path, *args):
+        seen.update(load=(path, *args))
+        return load_model(path, *args)
+
+    def watch_eval(engine, chat, rows, *args, **kwargs):
+        seen.update(rows=rows)
+        return evaluate(engine, chat, rows, *args, **kwargs)
+    monkeypatch.setattr(train_small, "load_rows", watch_rows)
+    monkeypatch.setattr(policy, "load_model", watch_load)
+    monkeypatch.setattr(rest, "evaluate", watch_eval)
+    model, data = chat_model(tmp_path / "model"), demonstrations(tmp_path / "data.jsonl", 6)
+    held_out = [{"messages": [{"role": "user", "content": "3+4?"}], "gold": ROW["gold"]}] * 3
+    held_out = write_rows(tmp_path / "test.jsonl", held_out)
+    run(tmp_path, "--model", str(model), "--data", str(data), "--eval-data", str(held_out),
+        "--dtype", "bfloat16", "--gradient-checkpointing", "--steps", "1", "--name", "m",
+        "--warm-start-steps", "0", "--group", "2", "--prompts", "1")
+    assert seen["load"] == (str(model), torch.bfloat16, True)
+    assert sorted(seen["splits"]) == [("data.jsonl", "train"), ("test.jsonl", "test")]
+    assert [row["messages"][0]["content"] for row in seen["rows"]] == ["3+4?"] * 3
+
+
+def test_whole_completions_of_ones_own_are_imitated(tmp_path, monkeypatch):
+    """Rows with a "target" need no "demo", and rows with neither are refused."""
+    model, seen = chat_model(tmp_path / "model"), {}
+    target = CALL + "<response>3</response>"
+    row = {key: ROW[key] for key in ("messages", "tools", "gold")}
+    full = write_rows(tmp_path / "full.jsonl", [{**row, "target": target}] * 4)
+    bare = write_rows(tmp_path / "bare.jsonl", [row] * 4)
+    monkeypatch.setattr(policy, "warm_start",
+                        lambda model, tokenizer, pairs, *a, **k: seen.update(pairs=pairs))
+    args = ["--model", str(model), "--steps", "0", "--eval-rows", "0", "--data"]
+    run(tmp_path, *args, str(full), "--name", "full")
+    assert [text for _, text in seen["pairs"]] == [target] * 4
+    with pytest.raises(SystemExit, match="4 rows .* neither"):
+        run(tmp_path, *args, str(bare), "--name", "bare")
+
+
 def test_what_a_live_run_hands_on(start, tmp_path, monkeypatch):
-    """Boxes in training and in evaluation, whole dialogues, and held-out rows that are neither
-    trained on in this run nor belong to the training split."""
-    trained, held_out, boxes = [], [], []
+    """Boxes in training and in evaluation, whole dialogues, no instructions to the embedded policy,
+    which was shown the format; and held-out rows that are neither trained on in this run nor belong
+    to the training split."""
+    trained, held_out, boxes, told = [], [], [], []
     step, evaluate = rest.train_step, rest.evaluate
 
     def watch_step(*args, **kwargs):
         trained.extend(args[3])
         boxes.append(args[6])
+        told.append(args[1].instructions)
         return step(*args, **kwargs)
 
-    def watch_eval(model, tokenizer, rows, cfg, **kwargs):
+    def watch_eval(engine, chat, rows, cfg, **kwargs):
         held_out.extend(rows)
         boxes.append(kwargs["toolbox_for"])
-        return evaluate(model, tokenizer, rows, cfg, **kwargs)
+        told.append(chat.instructions)
+        return evaluate(engine, chat, rows, cfg, **kwargs)
     monkeypatch.setattr(rest, "train_step", watch_step)
     monkeypatch.setattr(rest, "evaluate", watch_eval)
     run(tmp_path, "--steps", "3", "--max-turns", "3", "--name", "live", "--prompts", "5")
     assert learnt(tmp_path / "live", start)
     assert len(boxes) == 5 and all(box is tasks.toolbox_for for box in boxes)
+    assert told == [""] * 5
     assert {len(row["gold"]) for row in held_out} == {1, 3} == {len(row["gold"]) for row in trained}
 
     def requests(rows):
         return {row["messages"][0]["content"] for row in rows}
+    assert len(requests(trained)) == len(trained) == 15  # nothing twice within an epoch
     assert not requests(held_out) & requests(trained)
     assert not requests(held_out) & requests(tasks.make_rows(40, "train", seed=0))
 
 
-def test_benchmarks_are_greedy_limited_and_tied_to_the_weights(tmp_path, monkeypatch):
-    """One greedy completion a prompt, --limit of them; results of other weights are not mixed in."""
-    model = tmp_path / "m"
-    qwen3().save_pretrained(model)
-    byte_tokenizer().save_pretrained(model)
+def test_benchmarks_are_greedy_limited_and_tied_to_the_weights(tmp_path, monkeypatch, capsys):
+    """One greedy completion a prompt, --limit of them, with the instructions; compared with another
+    run where one is named; results of other weights are not mixed in."""
+    model = chat_model(tmp_path / "m")
     answers = [{"system": "s", "user": "u", "answer": {"name": "F", "parameters": {"a": str(i)}}}
                for i in range(6)]
     (tmp_path / "bank").mkdir()
     (tmp_path / "bank" / "level-1-api_processed.json").write_text(json.dumps(answers))
     seen, rollout = [], rest.rollout
-    monkeypatch.setattr(rest, "rollout", lambda *a, **k: seen.append(k) or rollout(*a, **k))
+    monkeypatch.setattr(rest, "rollout", lambda engine, chat, *a, **k: (
+        seen.append({**k, "instructions": chat.instructions}) or rollout(engine, chat, *a, **k)))
     args = ["--model", str(model), "--eval-only", "--benchmarks", "api_bank_1", "--limit", "4",
             "--api-bank-dir", str(tmp_path / "bank"), "--max-completion-tokens", "8",
             "--name", "bench"]
     run(tmp_path, *args)
     assert seen and all(k["greedy"] and k["group"] == 1 for k in seen)
+    assert all(k["instructions"] == train_small.INSTRUCTIONS for k in seen)
     assert len((tmp_path / "bench/benchmarks.jsonl").read_text().splitlines()) == 1 + 4
+    alone = capsys.readouterr().out
+    assert "difference" not in alone
+    run(tmp_path, *args, "--compare", str(tmp_path / "bench/benchmarks.jsonl"))
+    assert "difference" in capsys.readouterr().out
     qwen3(seed=1).save_pretrained(model)  # another policy in the same place
     with pytest.raises(SystemExit, match=r"\(weights differ\)"):
         run(tmp_path, *args)
@@ -410,6 +563,27 @@ def test_every_method_takes_a_live_and_a_single_step(dialogue, tmp_path, monkeyp
         again = [i for i, box in enumerate(made) if box.ran and len(batch.turns[i]) > 1]
         assert again and all(not batch.sampled[i].all() for i in again)
         assert max(map(len, batch.turns)) == 3
+
+
+def test_a_method_of_ones_own_is_called_by_its_name(start, tmp_path, monkeypatch):
+    """Registered from outside, nothing in rest.py touched: --method finds it, its weights are those
+    that are trained with, at the progress of each step, and config.json keeps its name."""
+    asked, used, update = [], [], rest.update
+
+    def tags_only(batch, cfg, progress):
+        asked.append((cfg.method, progress))
+        return rest.normalise_weights((batch.region == rest.TAG).float(), batch.sampled)
+
+    def watch(engine, optimizer, batch, advantages, weight, *args, **kwargs):
+        used.append((weight != 0) == (batch.region == rest.TAG))
+        return update(engine, optimizer, batch, advantages, weight, *args, **kwargs)
+    monkeypatch.setitem(rest.WEIGHTS, "mine", tags_only)
+    monkeypatch.setattr(rest, "update", watch)
+    run(tmp_path, "--method", "mine", "--steps", "2")
+    assert list(dict.fromkeys(asked)) == [("mine", 0.0), ("mine", 0.5)] and all(same.all() for same in used)
+    assert learnt(tmp_path / "mine-seed0", start)
+    options = json.loads((tmp_path / "mine-seed0/config.json").read_text())
+    assert options["config"]["method"] == "mine"
 
 
 # ---------------------------------------------------------------------- nothing lost

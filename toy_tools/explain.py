@@ -3,13 +3,12 @@
 import torch
 
 import rest
-from toy_tools.show import COLOURS
 
 
-def explain(engine, chat, row, cfg, colour=True):
+def explain(engine, chat, row, cfg, paint=None):
     """The group of one row, rolled out, tagged, weighed, scored and turned into the loss, as text.
 
-    The last lines list every sampled token of one completion; the shares of all tokens of all completions add up
+    paint(text, region), if given, colours a token's text. The last lines list every sampled token of one completion; the shares of all tokens of all completions add up
     to what rest.policy_loss returns."""
     batch = rest.rollout(engine, chat, [row], cfg, seed=cfg.seed)
     batch.region, batch.covers = rest.token_regions(batch, chat)
@@ -30,7 +29,7 @@ def explain(engine, chat, row, cfg, colour=True):
         group_table(scores, rewards, advantages.tolist(), i),
         "3. Regions: mean entropy H, raw weight, weight of a token at progress 0, 0.5 and 1",
         region_table(batch, cfg), f"4. Completion {i + 1}, token by token",
-        token_table(batch, chat, i, weights, share, colour),
+        token_table(batch, chat, i, weights, share, paint),
         "5. The loss: -w A, over the completion's sampled tokens and the number of completions; all ratios are 1",
         f"this completion's tokens add up to {float(share[i].sum()):+.6f}\n"
         f"all completions' tokens add up to  {float(share.sum()):+.6f}\n"
@@ -69,12 +68,12 @@ def region_table(batch, cfg):
     return "\n".join(lines) + "\n  (w: ResT's, raw over its token mean in the batch, moved by the curriculum)"
 
 
-def token_table(batch, chat, i, weights, share, colour):
+def token_table(batch, chat, i, weights, share, paint):
     lines = ["  token                 region     H      p   w at 0    0.5      1   share of the loss"]
     for t in batch.sampled[i].nonzero()[:, 0].tolist():
         r = int(batch.region[i, t])
         text = f"{chat.text(int(batch.tokens[i, t]))!r:20}"
-        text = f"\033[{COLOURS[r]}m{text}\033[0m" if colour else text
+        text = paint(text, r) if paint else text
         cells = "".join(f"{float(w[i, t]):7.2f}" for w in weights)
         lines.append(f"  {text}  {rest.REGIONS[r]:8} {float(batch.entropy[i, t]):5.2f}  "
                      f"{float(batch.logp[i, t].exp()):5.3f} {cells}   {float(share[i, t]):+.6f}")

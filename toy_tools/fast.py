@@ -26,15 +26,23 @@ def engine(model, share=True, graph=True, compiled=False):
     """The fastest rest.Engine that is right for this model.
 
     share: keep each prompt once per group; graph: on a GPU, replay the decoding step as a CUDA graph; compiled:
-    torch.compile it."""
+    torch.compile it. Raises ValueError for a model that even rest.Engine does not run rightly (see why_refused)."""
+    name = type(inside(model)).__name__
+    reason = why_refused(model)
+    if reason:
+        raise ValueError(f"{name} cannot be used: {reason}")
     if not share:
         return rest.Engine(model)
     reason = why_not_shared(model)
     if reason:
-        log.warning("%s: prompts are not shared within groups (slower, same gradients): %s",
-                    type(model).__name__, reason)
+        log.warning("%s: prompts are not shared within groups (slower, same gradients): %s", name, reason)
         return rest.Engine(model)
     return SharedEngine(model, graph, compiled)
+
+
+def inside(model):
+    """The causal language model itself, which an adapter of peft wraps."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 # ---- layouts: who sees whom ----
@@ -156,8 +164,18 @@ class DecodeLayout:
         self.group = group
 
 
+# What a model may tell its attention and a layout knows already. Anything else (a window, a soft cap, sinks)
+# changes the attention.
+KNOWN = {"position_ids", "use_cache", "cache", "past_key_values", "cache_position", "is_causal"}
+
+
 def shared_attention(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):
-    """Attention function in transformers' AttentionInterface: output [batch, time, heads, D]. `layout` comes as a model kwarg."""
+    """Attention function in transformers' AttentionInterface: output [batch, time, heads, D]. `layout` comes as a
+    model kwarg. Raises ValueError for attention that is more than this."""
+    other = [name for name, x in kwargs.items()
+             if name not in KNOWN and x is not None and (isinstance(x, torch.Tensor) or x)]
+    if other or layout is None:
+        raise ValueError(f"its attention has {', '.join(other) or 'no way to know the layout'}")
     args = (query, key, value, scaling or query.shape[-1] ** -0.5)
     out = layout.attend(*args, module.layer_idx) if isinstance(layout, DecodeLayout) else layout.attend(*args)
     return out.transpose(1, 2).contiguous(), None
@@ -176,7 +194,8 @@ class SharedEngine(rest.Engine):
 
     def __init__(self, model, graph=True, compiled=False):
         super().__init__(model)
-        base = inspect.signature(model.base_model.forward).parameters
+        self.causal = inside(model)
+        base = inspect.signature(self.causal.base_model.forward).parameters
         self.cache_name = "cache" if "cache" in base else "past_key_values"
         self.graph = graph and self.device.type == "cuda"
         self.compiled = compiled
@@ -184,12 +203,12 @@ class SharedEngine(rest.Engine):
     @contextmanager
     def attention(self):
         """The model's attention is shared_attention inside, what it was before outside."""
-        before = self.model.config._attn_implementation
-        self.model.set_attn_implementation("rest_shared")
+        before = self.causal.config._attn_implementation
+        self.causal.set_attn_implementation("rest_shared")
         try:
             yield
         finally:
-            self.model.set_attn_implementation(before)
+            self.causal.set_attn_implementation(before)
 
     @contextmanager
     def sampling(self):
@@ -209,10 +228,10 @@ class SharedEngine(rest.Engine):
 
     def forward(self, ids, position_ids):
         self.layout.bias = None  # the last step's
-        hidden = self.model.base_model(
+        hidden = self.causal.base_model(
             input_ids=ids, position_ids=position_ids, use_cache=True, layout=self.layout,
             **{self.cache_name: self.layout}).last_hidden_state
-        return self.model.get_output_embeddings()(hidden[:, -1])
+        return self.causal.get_output_embeddings()(hidden[:, -1])
 
     def step(self, ids, t):
         self.layout.step = t
@@ -338,13 +357,13 @@ class SharedEngine(rest.Engine):
         before = (mask.cumsum(1) - 1).clamp(min=0)                                         # (P, Lp)
         after = mask.sum(1, keepdim=True) + torch.arange(T, device=self.device)            # (P, T)
         with rest.autocast(self.model), self.attention():
-            hidden = self.model.base_model(
+            hidden = self.causal.base_model(
                 input_ids=torch.cat([ids, completions], 1), position_ids=torch.cat([before, after.repeat(1, n)], 1),
                 use_cache=False, layout=PackedLayout(mask, n, T)).last_hidden_state        # (P, Lp+n*T, H)
             last = hidden[:, None, Lp - 1:Lp].expand(-1, n, -1, -1)                        # (P, n, 1, H)
             own = hidden[:, Lp:].unflatten(1, (n, T))[:, :, :-1]                           # (P, n, T-1, H)
             states = torch.cat([last, own], 2).flatten(0, 2)                               # (P*n*T, H)
-            head = self.model.get_output_embeddings()
+            head = self.causal.get_output_embeddings()
             return head_logps(states, completions.flatten(), temperature, head).view(P * n, T)
 
     def backward(self, loss):
@@ -365,14 +384,6 @@ def head_logps(states, targets, temperature, head, chunk_elements=2**26):
     return torch.cat([checkpoint(logps, *part, use_reentrant=False) for part in parts])
 
 
-@functools.cache
-def compiled_step():
-    return torch.compile(SharedEngine.static_step, dynamic=True)  # prompts, rows and widths differ from rollout to rollout
-
-
-# ---- where it agrees ----
-
-
 def close(a, b):
     """Whether logits or logps agree as well as their precision lets them: 1e-4 of the largest in float32, 5% in bfloat16."""
     exact = a.dtype == b.dtype == torch.float32 and not torch.is_autocast_enabled(a.device.type)
@@ -382,30 +393,167 @@ def close(a, b):
     return bool((a - b).abs().max() <= (1e-4 if exact else 5e-2) * b.abs().max())
 
 
-@torch.no_grad()
-def why_not_shared(model):
-    """Why the shared engine is not right for this model, or "": tried on random ids against the plain one.
+@functools.cache
+def compiled_step():
+    return torch.compile(SharedEngine.static_step, dynamic=True)  # prompts, rows and widths differ from rollout to rollout
 
-    Architectures without pluggable attention, with sliding windows, or that post-process logits take the plain path."""
-    config = getattr(model, "config", None)
-    if not getattr(model, "_supports_attention_backend", False):
-        return "its attention cannot be replaced"
-    if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
-        return "not all of its layers have full attention"
-    g = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(0, config.vocab_size, (n,), generator=g).tolist() for n in (3, 5)]
-    tokens = torch.randint(0, config.vocab_size, (4, 4), generator=g).to(next(model.parameters()).device)
-    batch = rest.Rollout([], prompts, 2, tokens, *[None] * 3, torch.full((4,), 4), *[None] * 3)
 
-    def look(engine):  # at the update's logps, and at the first logits of prefill and a step
-        with engine.sampling():
-            logps = engine.logps(batch, [0, 1, 2, 3], 1.0)
-            first = engine.prefill(prompts, 2, 4).clone()
-            return logps, first, engine.step(tokens[:, 0], 0)
+# ---- where it agrees ----
 
+WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size", "window_size")
+
+
+def why_refused(model):
+    """Why not even rest.Engine is right for this model, or "".
+
+    What a rollout records and what the update computes must be the model's own forward; that is tried on random
+    ids, and what only long inputs would show is known by its name."""
+    if not hasattr(model, "config"):
+        return ""  # nothing is known of it
+    for kind in rope_types(model.config.get_text_config()):
+        if "dynamic" in kind or kind == "longrope":
+            return (f"its rotary embedding ({kind}) depends on the length of the longest row, so that log-probabilities "
+                    "would change while a row grows; use a model with another rope_type")
+    batch = probe_batch(model)
     try:
-        shared, plain = look(SharedEngine(model, graph=False)), look(rest.Engine(model))
-        with rest.autocast(model):
-            return "" if all(map(close, shared, plain)) else "its log-probabilities differ"
-    except (TypeError, AttributeError, RuntimeError, ValueError) as error:
+        with torch.no_grad():  # in the mode that the update finds
+            twice = [rest.Engine(model).logps(batch, [0, 1], 1.0) for _ in range(2)]
+        if twice[0].isnan().any():
+            return "its logits are not finite: its weights have diverged, or need --dtype float32"
+        if not torch.equal(*twice):
+            return "its forward is random (dropout, router noise): call model.eval()"
+        wrong = distance(look(rest.Engine(model), batch), own_rows(model, batch), batch, model)
+    except torch.OutOfMemoryError:
+        raise
+    except FAILURES as error:
+        return f"it does not decode row by row with a cache like other causal models ({error!r})"
+    if wrong > (1e-4 if exact(model) else 0.3):
+        return ("its log-probabilities with left padding and a cache are not those of its own forward, "
+                f"one row at a time (off by {wrong:.1e} of their size)")
+    return ""
+
+
+def why_not_shared(model):
+    """Why the shared engine is not right for this model, or "": what it computes on random ids must be the model's
+    own forward, too, and nothing may be there that these ids would not show."""
+    causal = inside(model)
+    if not getattr(causal, "_supports_attention_backend", False):
+        return "its attention cannot be replaced"
+    config = causal.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or [])
+    windows = [name for name in WINDOWS if getattr(config, name, None)]
+    if kinds - {"full_attention"}:
+        return "not all of its layers have full attention"
+    if windows and not kinds and getattr(config, "use_sliding_window", True):
+        return f"its attention has a {windows[0]}"
+    if own_head(model) is None:
+        return "its logits are more than its output layer's (they are scaled or capped)"
+    batch = probe_batch(model)
+    try:
+        truth = own_rows(model, batch)
+        shared = distance(look(SharedEngine(model, graph=False), batch), truth, batch, model)
+        plain = distance(look(rest.Engine(model), batch), truth, batch, model)
+    except torch.OutOfMemoryError:
+        raise
+    except FAILURES as error:
         return str(error)
+    # in bfloat16 the plain engine's own rounding says how far two ways of computing the same may differ
+    limit = 1e-4 if exact(model) else 0.03 + 3 * plain
+    return "" if shared <= limit else f"its log-probabilities differ (by {shared:.1e} of their size)"
+
+
+FAILURES = (TypeError, AttributeError, LookupError, RuntimeError, ValueError, AssertionError, NotImplementedError)
+
+
+def rope_types(config):
+    """The names of its rotary embeddings, which may differ from layer to layer."""
+    ropes = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    ropes = [ropes, *ropes.values()]
+    return {rope.get("rope_type") or rope.get("type") or "default" for rope in ropes if isinstance(rope, dict)}
+
+
+def exact(model):
+    return next(model.parameters()).dtype == torch.float32 and not rest.autocasts(model)
+
+
+def probe_batch(model, lengths=(40, 3, 11)):
+    """A Rollout of random ids: ragged prompts, completions that end at different times."""
+    config = model.config.get_text_config()
+    longest = (getattr(config, "max_position_embeddings", None) or 512) - 6
+    g = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(0, config.vocab_size, (min(n, longest),), generator=g).tolist() for n in lengths]
+    tokens = torch.randint(0, config.vocab_size, (6, 6), generator=g)
+    length = torch.tensor([6, 2, 2, 4, 2, 2])
+    tokens, length = (x.to(next(model.parameters()).device) for x in (tokens, length))
+    return rest.Rollout([], prompts, 2, tokens, *[None] * 3, length, *[None] * 3)
+
+
+def look(engine, batch):
+    """What an engine makes of a batch: (logps [M] of the update, log-probabilities [M, V] of a rollout that is forced
+    to these tokens), M tokens, one completion behind the other."""
+    N, T = batch.tokens.shape
+    length = batch.length.tolist()
+    seen = [[] for _ in range(N)]
+    with engine.sampling():
+        logps = engine.logps(batch, list(range(N)), 1.0)
+        slots = list(range(N))
+        logits = engine.prefill(batch.prompts, batch.group, T)
+        for t in range(T):
+            for i, row in zip(slots, logits.float().log_softmax(-1)):
+                if t < length[i]:
+                    seen[i].append(row)
+            done = [length[i] <= t + 1 for i in slots]
+            if all(done):
+                break
+            kept = engine.drop(done)
+            slots = slots if kept is None else [slots[s] for s in kept]
+            logits = engine.step(batch.tokens[slots, t], t)
+    return torch.cat([logps[i, :n] for i, n in enumerate(length)]), torch.stack(sum(seen, []))
+
+
+def own_rows(model, batch):
+    """The same of the model's own forward, one unpadded row at a time."""
+    found = []
+    with rest.Engine(model).sampling():
+        for i, n in enumerate(batch.length.tolist()):
+            ids = batch.prompts[i // batch.group] + batch.tokens[i, :n].tolist()
+            logits = model(input_ids=torch.tensor([ids], device=batch.tokens.device), use_cache=False).logits
+            found.append(logits[0, -n - 1:-1].float().log_softmax(-1))
+    found = torch.cat(found)
+    tokens = torch.cat([batch.tokens[i, :n] for i, n in enumerate(batch.length.tolist())])
+    return found.gather(1, tokens[:, None])[:, 0], found
+
+
+def distance(seen, truth, batch, model):
+    """How far what an engine computes is from the truth, as a share of the size of log-probabilities.
+
+    In float32 the largest difference. In bfloat16, where a router's choice may tip at single tokens, the median over
+    the tokens of a completion, of the worst completion: windows, caps and padding are wrong at most of its tokens."""
+    if not torch.equal(seen[1].isfinite(), truth[1].isfinite()):
+        return float("inf")
+    seen, truth = ([x.nan_to_num(0.0, 0.0, 0.0) for x in pair] for pair in (seen, truth))  # words ruled out: -inf
+    if exact(model):
+        return max(float((a - b).abs().max() / truth[1].abs().max()) for a, b in zip(seen, truth))
+    off = [(a - b).abs().view(len(a), -1).mean(1) / truth[1].std(1).mean() for a, b in zip(seen, truth)]
+    return max(float(part.median()) for x in off for part in x.split(batch.length.tolist()))
+
+
+def own_head(model):
+    """The output layer, if the model's logits are what it makes of the hidden states and nothing else; else None.
+    Tried with logits of about a thousand, where a soft cap shows."""
+    causal = inside(model)
+    try:
+        head = causal.get_output_embeddings()
+        with rest.Engine(model).sampling():
+            ids = torch.arange(8, device=head.weight.device)[None]
+            logits = head(causal.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()  # (1, 8, V)
+            factor = 1000 / logits.abs().max()
+            hook = head.register_forward_hook(lambda module, args, out: out * factor)
+            try:
+                own = model(input_ids=ids, use_cache=False).logits.float()
+            finally:
+                hook.remove()
+    except FAILURES:
+        return None
+    off = (own - logits * factor).nan_to_num(0.0, 0.0, 0.0).abs().max()
+    return head if off <= (0.5 if exact(model) else 10) else None

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import rest
-from toy_tools import chat, fast, schema, tasks, tools
+from toy_tools import chat, fast, lora, schema, tasks, tools
 
 # --------------------------------------------------------------------------------------------- the embedded policy
 
@@ -29,7 +29,9 @@ START = Path(__file__).parent / "start"  # the warm-started policy of seed 0, wh
 TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<response>", "</response>"]
 CHAT_TEMPLATE = (  # tools as signatures, name(param: type, ...): description, a third of the tokens that JSON schemas take
     "{% if tools %}{% for tool in tools %}{% set f = tool.function %}{{ f.name }}("
-    "{% for name, p in f.parameters.properties.items() %}{{ name }}: {{ p.type }}{% if p.enum %} {{ p.enum | join('|') }}{% endif %}"
+    "{% for name, p in ((f.parameters or {}).properties or {}).items() %}{{ name }}"
+    "{% if p.type %}: {{ p.type if p.type is string else p.type | join('|') }}{% endif %}"
+    "{% if p.enum %} {{ p.enum | join('|') }}{% endif %}"
     "{% if not loop.last %}, {% endif %}{% endfor %}): {{ f.description }}\n{% endfor %}{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -100,7 +102,7 @@ def noisy_demonstration(row, rng, noise):
 def copying(tokenizer, rng):
     """(ids, mask) of a lesson: one request and its call, without tools, chat format or thought."""
     call, user = tasks.request(tasks.Draw(rng, "train"), rng.choice(list(tools.TOOLS)))
-    prompt, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (user + "\n", json.dumps(call)))
+    prompt, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (user + "\n", json.dumps(call, ensure_ascii=False)))
     return prompt + answer + [tokenizer.eos_token_id], [False] * len(prompt) + [True] * (len(answer) + 1)
 
 
@@ -127,7 +129,7 @@ def demonstrations(seed, count, noise, mask_names):
     return [(row, noisy_demonstration(row, rng, noise)) for row in rows], rng
 
 
-def recipe(seed, steps, batch, learning_rate, noise, mask_names):
+def recipe(seed=0, steps=WARM_START_STEPS, batch=32, learning_rate=3e-3, noise=0.22, mask_names=False):
     """All that decides what a warm start learns, but for the libraries: its options, and a digest of what tools, tasks,
     lessons and template make of them."""
     pairs, rng = demonstrations(seed, 200, noise, mask_names)
@@ -150,16 +152,13 @@ def digest(folder):
 
 
 def tiny_policy(seed=0, steps=WARM_START_STEPS, batch=32, learning_rate=3e-3, noise=0.22, mask_names=False, device="cpu",
-                progress=True, shipped=True):
-    """(model, tokenizer) of the embedded policy after its warm start: the one in toy_tools/start if that was made by the
-    same recipe (and `shipped` allows it), else one that is made now and kept under $REST_CACHE (default ~/.cache/rest).
+                progress=True):
+    """(model, tokenizer) of the embedded policy after its warm start, kept under $REST_CACHE (default ~/.cache/rest).
 
     A pretrained model can copy words and see whether something is listed; a random one learns this slowest, and soonest
     from short texts that hold nothing else. So half as many steps of lessons come first, then `steps` of imperfect
     demonstrations."""
     wanted = recipe(seed, steps, batch, learning_rate, noise, mask_names)
-    if shipped and (START / "start.json").exists() and json.loads((START / "start.json").read_text())["recipe"] == wanted:
-        return read_start()
     sources = [inspect.getsource(module) for module in (rest, schema, tools, tasks, chat, inspect.getmodule(tiny_policy))]
     key = json.dumps([wanted, versions(), sources], sort_keys=True)
     folder = Path(os.environ.get("REST_CACHE", "~/.cache/rest")).expanduser() / hashlib.sha256(key.encode()).hexdigest()[:16]
@@ -185,17 +184,22 @@ def tiny_policy(seed=0, steps=WARM_START_STEPS, batch=32, learning_rate=3e-3, no
     return model, tokenizer
 
 
-def write_start(folder, **options):
+def write_start(folder, progress=True, **options):
     """Make a warm-started policy and write it as the repository's: bfloat16 weights, tokenizer, and start.json, which says
     by which recipe, libraries and command it was made and what each file's checksum is."""
     folder = Path(folder)
-    options = {"seed": 0, "steps": WARM_START_STEPS, "batch": 32, "learning_rate": 3e-3, "noise": 0.22, "mask_names": False} | options
-    model, tokenizer = tiny_policy(**options, shipped=False)
+    model, tokenizer = tiny_policy(**options, progress=progress)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     about = {"command": "python -m toy_tools.policy toy_tools/start", "recipe": recipe(**options),
              "versions": versions(), "files": digest(folder)}
     (folder / "start.json").write_text(json.dumps(about, indent=1) + "\n")
+
+
+def is_shipped(**options):
+    """Whether the repository's start is what a warm start with these options of `recipe` would make."""
+    file = START / "start.json"
+    return file.exists() and json.loads(file.read_text())["recipe"] == recipe(**options)
 
 
 def read_start(folder=START):
@@ -210,63 +214,105 @@ def read_start(folder=START):
 # --------------------------------------------------------------------------------------------- supervised warm start, any model
 
 def supervised(model, sequences, steps, learning_rate, micro_batch, what="warm start", progress=True):
-    """Cross-entropy steps; sequences(step) -> [(ids, mask)], mask True at the tokens to learn. Short warm-up, second half decays. Returns losses."""
-    device = next(model.parameters()).device
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type != "mps")
-    losses, was_training = [], model.training
-    model.train()
+    """Cross-entropy steps; sequences(step) -> [(ids, mask)], mask True at the tokens to learn. Short warm-up, second
+    half decays. Returns the losses, nats per token of the model's own logits."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    device = trained[0].device
+    optimizer = torch.optim.AdamW(
+        trained, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type != "mps")
+    causal = fast.inside(model)
+    head = fast.own_head(model)
+    losses = []
     bar = tqdm(range(steps), desc=what, disable=not progress, mininterval=1)
     for step in bar:
+        warm = (step + 1) / max(1, min(20, steps // 5))
+        decay = 0.1 + 0.9 * (steps - step) / max(1, steps // 2)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1, (step + 1) / max(1, min(20, steps // 5)), 0.1 + 0.9 * (steps - step) / max(1, steps // 2))
+            group["lr"] = learning_rate * min(1, warm, decay)
         chosen = sorted(sequences(step), key=lambda pair: len(pair[0]))
         total = sum(sum(mask) for _, mask in chosen)
         optimizer.zero_grad(set_to_none=True)
         loss = 0.0
         for start in range(0, len(chosen), micro_batch):
             part = chosen[start:start + micro_batch]
-            width = len(part[-1][0])
-            ids = torch.tensor([i + [0] * (width - len(i)) for i, _ in part], device=device)  # right-padded: what is behind is not seen
+            width = len(part[-1][0])  # right-padded: what is behind is not seen
+            ids = torch.tensor([i + [0] * (width - len(i)) for i, _ in part], device=device)
             mask = torch.tensor([m + [False] * (width - len(m)) for _, m in part], device=device)[:, 1:]
+            targets = ids[:, 1:][mask]
             with rest.autocast(model):
-                hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][mask]  # (tokens, H)
-                logp = fast.head_logps(hidden, ids[:, 1:][mask], 1.0, model.get_output_embeddings())
+                if head is None:
+                    logits = model(input_ids=ids, use_cache=False).logits[:, :-1][mask]   # (tokens, V)
+                    logp = rest.token_logps(logits, targets, 1.0)
+                else:  # logits of the tokens to learn only
+                    states = causal.base_model(input_ids=ids, use_cache=False).last_hidden_state
+                    logp = fast.head_logps(states[:, :-1][mask], targets, 1.0, head)
             micro = -logp.sum() / total
             micro.backward()
             loss += float(micro.detach())
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         losses.append(loss)
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-    model.train(was_training)
     return losses
 
 
-def warm_start(model, tokenizer, pairs, steps, batch=8, learning_rate=2e-4, seed=0, micro_batch=16, instructions="", progress=True):
-    """Supervised steps on pairs (row, completion text): cross entropy on the completion and its end-of-turn token. Returns the losses."""
-    talk = chat.TemplateChat(tokenizer, instructions)
+def warm_start(model, tokenizer, pairs, steps, batch=8, learning_rate=2e-4, seed=0, micro_batch=16, instructions="",
+               progress=True):
+    """Supervised steps on pairs (row, completion text): cross entropy on the completion and its end-of-turn token.
+    Returns the losses."""
+    talk = chat.TemplateChat(tokenizer, instructions, model)
     rng = random.Random(seed)
-    order = [i for _ in range(-(-steps * batch // len(pairs))) for i in rng.sample(range(len(pairs)), len(pairs))]
+    epochs = -(-steps * batch // len(pairs))
+    order = [i for _ in range(epochs) for i in rng.sample(range(len(pairs)), len(pairs))]
 
     def sequence(i):
-        row, text = pairs[i]
-        prompt, forced = talk.prompt(row)
-        target = talk.encode(text)[len(forced):] + [tokenizer.eos_token_id]
-        return prompt + forced + target, [False] * len(prompt + forced) + [True] * len(target)
-    return supervised(model, lambda step: [sequence(i) for i in order[step * batch:(step + 1) * batch]], steps, learning_rate, micro_batch,
-                      progress=progress)
+        given, learnt = talk.target(*pairs[i])
+        return given + learnt, [False] * len(given) + [True] * len(learnt)
+
+    def sequences(step):
+        return [sequence(i) for i in order[step * batch:(step + 1) * batch]]
+    return supervised(model, sequences, steps, learning_rate, micro_batch, progress=progress)
 
 
 # --------------------------------------------------------------------------------------------- real models
 
-def load_model(path, dtype=torch.float32, gradient_checkpointing=False):
-    """(model, tokenizer) from a hub id, a folder, or a .gguf file, with dropout off (it would make the importance ratio differ from 1).
+def load_model(path, dtype=torch.float32, gradient_checkpointing=False, lora_rank=0):
+    """(model, tokenizer) from a hub id, a folder, or a .gguf file, in evaluation mode and without dropout: whatever is
+    random would make the importance ratio differ from 1.
 
+    A folder with an adapter gives its base with that adapter. lora_rank: adapters are added and alone trained.
     Raises FileNotFoundError / ImportError / ValueError with what to do."""
-    kwargs = {}
-    if (Path(path) / "checkpoint" / "config.json").exists():  # the folder of a run
-        path = Path(path) / "checkpoint"
-    if str(path).endswith(".gguf"):
+    path = str(path)
+    if any((Path(path) / "checkpoint" / name).exists() for name in ("config.json", lora.CONFIG)):  # a run's folder
+        path = str(Path(path) / "checkpoint")
+    if path.endswith(".gguf") and lora_rank:
+        raise ValueError("--lora-rank needs a model in a folder or on the hub, from which it can be loaded again: load the "
+                         ".gguf file with policy.load_model and save it to a folder")
+    adapter = lora.read_config(path)
+    base = adapter.get("base_model_name_or_path") or path
+    try:
+        model, tokenizer = read_model(base, dtype)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is an adapter of {base}: {error}" if adapter else str(error)) from error
+    if adapter:
+        model = lora.load(model, path, lora_rank)
+        if (Path(path) / "tokenizer_config.json").exists():
+            tokenizer = AutoTokenizer.from_pretrained(path)
+    elif lora_rank:
+        model = lora.add(model, lora_rank)
+    if not tokenizer.chat_template:
+        raise ValueError(f"{path} has no chat template; use an instruct model, or set tokenizer.chat_template and save it "
+                         "to a folder")
+    still(model)
+    if gradient_checkpointing:
+        checkpoint_layers(fast.inside(model))
+    return model, tokenizer
+
+
+def read_model(path, dtype):
+    """(model, tokenizer) as they lie in a folder, on the hub, or in a .gguf file."""
+    kwargs, quantization = {}, {}
+    if path.endswith(".gguf"):
         file = Path(path)
         if not file.is_file():
             raise FileNotFoundError(f"no such file: {path}")
@@ -275,27 +321,58 @@ def load_model(path, dtype=torch.float32, gradient_checkpointing=False):
             import gguf  # noqa: F401
             from transformers import GgufConfig
         except ImportError as error:
-            raise ImportError(f"reading a .gguf file needs two optional packages: pip install gguf accelerate ({error})") from error
-        kwargs, path = {"gguf_file": file.name}, str(file.parent)
-        config = AutoConfig.from_pretrained(path, **kwargs)
+            raise ImportError("reading a .gguf file needs two optional packages: pip install gguf accelerate "
+                              f"({error})") from error
+        kwargs = {"gguf_file": file.name}
         quantization = {"quantization_config": GgufConfig(dequantize=True)}
-    else:
-        try:
-            config, quantization = AutoConfig.from_pretrained(path), {}
-        except OSError as error:
-            raise FileNotFoundError(f"cannot load a model from {path}: no folder with a config.json, and no such model on the hub, or the hub "
-                                    "cannot be reached") from error
-    for name, value in vars(config).items():
-        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
-            setattr(config, name, 0.0)
+        path = str(file.parent)
+    elif Path(path).is_dir():
+        path = str(Path(path).resolve())  # an adapter remembers it
+    try:
+        config = AutoConfig.from_pretrained(path, **kwargs)
+    except OSError as error:
+        raise FileNotFoundError(f"cannot load a model from {path}: no folder with a config.json, and no such model on the "
+                                "hub, or the hub cannot be reached") from error
     tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
-    if not tokenizer.chat_template:
-        raise ValueError(f"{path} has no chat template; use an instruct model, or set tokenizer.chat_template and save it to a folder")
     model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, **kwargs, **quantization)
-    if gradient_checkpointing:  # its name since transformers 5.23, and before
-        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
-        model.train()  # transformers checkpoints only then
     return model, tokenizer
+
+
+def still(model):
+    """Evaluation mode, in which nothing is random; and no dropout anywhere, in modules and in the configurations that
+    they read, for layers that must be in training mode."""
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for owner in (module, getattr(module, "config", None)):
+            for name, value in vars(owner).items() if owner else ():
+                if isinstance(value, float) and "drop" in name:
+                    setattr(owner, name, 0.0)
+
+
+def checkpoint_layers(model):
+    """Gradient checkpointing. transformers checkpoints a module only in training mode, so that innermost ones that do
+    are in it, they alone: what lies in them and around them (router noise, say) stays as it is."""
+    enable = getattr(model, "activation_checkpointing_enable", None)  # its name since transformers 5.23
+    (enable or model.gradient_checkpointing_enable)()
+    layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no gradient checkpointing: leave --gradient-checkpointing out")
+    for layer in layers:
+        inner = [module for module in layer.modules() if module is not layer]
+        layer.training = not any(getattr(module, "gradient_checkpointing", False) for module in inner)
+
+
+def merge(folder, to, dtype=torch.float32):
+    """Write the model of a folder with an adapter to another folder, merged: a model like any other, without peft.
+
+    python -c "from toy_tools import policy; policy.merge('runs/rest-seed0', 'merged')" """
+    model, tokenizer = load_model(folder, dtype)
+    if not hasattr(model, "merge_and_unload"):
+        raise ValueError(f"{folder} has no adapter to merge")
+    model.merge_and_unload().save_pretrained(to)
+    tokenizer.save_pretrained(to)
 
 
 if __name__ == "__main__":  # python -m toy_tools.policy FOLDER

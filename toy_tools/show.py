@@ -1,57 +1,97 @@
-"""What people look at: one episode coloured by region with its weights, evaluation tables, the learning curve, methods over seeds."""
+"""What people look at: one episode coloured by region with its weights, evaluation tables, the learning
+curve, methods over seeds.
+
+    python -m toy_tools.show OUT.png runs/a/metrics.csv [runs/b/metrics.csv …]    the curve
+    python -m toy_tools.show OUT.csv runs/a runs/b …                              methods over seeds
+"""
 
 import csv
+import itertools
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
 
 import rest
 
-COLOURS = {rest.TAG: "90", rest.SCAFFOLD: "37", rest.NAME: "1;33", rest.PARAMS: "1;36", rest.THOUGHT: "32", rest.TEXT: "35"}
+COLOURS = {rest.TAG: "90", rest.SCAFFOLD: "37", rest.NAME: "1;33", rest.PARAMS: "1;36",
+           rest.THOUGHT: "32", rest.TEXT: "35"}
+
+
+# ---- an episode ----
+
+def paint(text, region):
+    """The text in its region's colour, for a terminal."""
+    return f"\033[{COLOURS[region]}m{text}\033[0m"
 
 
 def episode(chat, batch, i, weight, colour=True):
-    """Episode i of a Rollout as text: sampled tokens coloured by region, forced ones plain, the weight behind each run of equal
-    weight; then per region its tokens, mean entropy (nats) and weight. weight: float [N, T]."""
-    ids, regions = batch.tokens[i].tolist(), batch.region[i].tolist()
-    weights, length = weight[i].tolist(), int(batch.length[i])
-    out, t = [], 0
-    while t < length:
-        end = t + 1
-        while end < length and regions[end] == regions[t] and abs(weights[end] - weights[t]) < 1e-6:
+    """Episode i of a Rollout as text: sampled tokens coloured by region, forced ones plain, the weight
+    behind each run of equal weight; then per region its tokens, mean entropy (nats) and weight.
+
+    weight: float [N, T]."""
+    ids = batch.tokens[i].tolist()
+    regions = batch.region[i].tolist()
+    weights = weight[i].tolist()
+    length = int(batch.length[i])
+    out = []
+    start = 0
+    while start < length:
+        end = start + 1
+        while end < length and regions[end] == regions[start] and abs(weights[end] - weights[start]) < 1e-6:
             end += 1
-        text = chat.decode(ids[t:end])
-        if regions[t] < 0:
+        text = chat.decode(ids[start:end])
+        if regions[start] < 0:
             out.append(text)
         elif colour:
-            out.append(f"\033[{COLOURS[regions[t]]}m{text}\033[0m\033[2m·{weights[t]:.2f}\033[0m")
+            out.append(f"{paint(text, regions[start])}\033[2m·{weights[start]:.2f}\033[0m")
         else:
-            out.append(f"[{rest.REGIONS[regions[t]]} {weights[t]:.2f}|{text}]")
-        t = end
-    lines = ["".join(out), ""]
+            out.append(f"[{rest.REGIONS[regions[start]]} {weights[start]:.2f}|{text}]")
+        start = end
+    return "\n".join(["".join(out), "", *region_lines(batch, i, weight, colour)])
+
+
+def region_lines(batch, i, weight, colour):
+    lines = []
     for name, members in rest.PAPER_REGIONS.items():
         inside = sum((batch.region[i] == r) for r in members).bool()
-        if inside.any():
-            label = f"\033[{COLOURS[members[-1]]}m{name:8}\033[0m" if colour else f"{name:8}"
-            lines.append(f"  {label} {int(inside.sum()):4d} tokens   entropy {float(batch.entropy[i][inside].mean()):.3f} nats"
-                         f"   weight {float(weight[i][inside].mean()):.2f}")
-    return "\n".join(lines)
+        if not inside.any():
+            continue
+        label = f"{name:8}"
+        if colour:
+            label = paint(label, members[-1])
+        entropy = float(batch.entropy[i][inside].mean())
+        mean = float(weight[i][inside].mean())
+        count = int(inside.sum())
+        lines.append(f"  {label} {count:4d} tokens   entropy {entropy:.3f} nats   weight {mean:.2f}")
+    return lines
 
+
+# ---- evaluations ----
 
 def evaluation(before, after=None):
-    """Table of one or two rest.evaluate results: exact-call rate per category (format, mean tokens), before and after."""
-    head = f"{'category':14}{'n':>6}{'exact':>9}" + (f"{'->':>4}{'after':>8}{'change':>9}" if after else "") + f"{'format':>9}{'tokens':>8}"
+    """Table of one or two rest.evaluate results: exact-call rate per category, before and after; format
+    and mean tokens of the last."""
+    head = f"{'category':14}{'n':>6}{'exact':>9}"
+    if after:
+        head += f"{'->':>4}{'after':>8}{'change':>9}"
+    head += f"{'format':>9}{'tokens':>8}"
     lines = [head, "-" * len(head)]
     for key, row in before.items():
         last = (after or before)[key]
-        change = f"{'->':>4}{last['exact']:8.3f}{last['exact'] - row['exact']:+9.3f}" if after else ""
-        lines.append(f"{key:14}{row['n']:6d}{row['exact']:9.3f}{change}{last['format']:9.3f}{last['tokens']:8.1f}")
+        line = f"{key:14}{row['n']:6d}{row['exact']:9.3f}"
+        if after:
+            line += f"{'->':>4}{last['exact']:8.3f}{last['exact'] - row['exact']:+9.3f}"
+        lines.append(line + f"{last['format']:9.3f}{last['tokens']:8.1f}")
     return "\n".join(lines)
 
 
+# ---- the curve ----
+
 def curve(files, out):
-    """Picture (PNG, SVG, …) of one or more metrics.csv: exact-call rate, region entropies and weights of the first, each the mean of the last 5 steps.
+    """Picture (PNG, SVG, …) of one or more metrics.csv: exact-call rates, and region entropies and weights
+    of the first; each point the mean of the last 5 steps.
 
     Raises ImportError without matplotlib, the optional part it needs."""
     try:
@@ -67,7 +107,8 @@ def curve(files, out):
         steps = [row["step"] for row in rows]
 
         def smooth(key):
-            return [statistics.mean(row[key] for row in rows[max(0, i - 4):i + 1]) for i in range(len(rows))]
+            values = [row[key] for row in rows]
+            return [statistics.mean(values[max(0, i - 4):i + 1]) for i in range(len(values))]
         rate.plot(steps, smooth("exact"), label=Path(file).parent.name if len(files) > 1 else None)
         if k == 0:
             for name in rest.PAPER_REGIONS:
@@ -87,42 +128,137 @@ def curve(files, out):
     plt.close(figure)
 
 
-T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # 97.5% quantiles of Student's t, 1 to 10 degrees of freedom
+# ---- methods over seeds ----
+
+# Settings in which compared runs may differ: they change neither what is drawn nor what is measured,
+FREE = {"name", "output_dir", "resume", "save_steps", "keep_steps", "device", "shared_prefix", "cuda_graph",
+        "compile_decode", "gradient_checkpointing", "micro_batch", "micro_batch_tokens", "eval_batch",
+        "show_every"}
+# runs of different methods, also what is part of a method,
+OF_A_METHOD = {"raw_weight", "min_entropy", "alpha_format", "alpha_params", "alpha_thought", "weight_min",
+               "weight_max", "top_entropy_fraction"}
+OF_DR_GRPO = {"aggregation", "delta"}
+# and runs of different seeds in what a seed draws: the start, the rows.
+OF_A_SEED = {"model", "rows"}
+
+# 97.5% quantiles of Student's t, for 1 to 30 degrees of freedom
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+       2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+       2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
+
+
+def t95(freedom):
+    """Half a 95% interval in standard errors. Behind the table it falls to 1.96, that of the normal
+    distribution, as 2.4 / freedom does: right to 0.003."""
+    return T95[freedom - 1] if freedom <= len(T95) else 1.96 + 2.4 / freedom
 
 
 def seeds(folders, out, baseline="grpo"):
-    """Compares methods over seeds. folders: finished runs; those of one seed share their start. Writes their held-out results to the CSV `out`
-    (a line per run, moment and category) and returns a Markdown table of exact-call rates: mean and standard deviation over seeds, and the
-    difference to the baseline's runs, paired by seed, with its 95% interval (t)."""
-    lines, found = [], {}
-    for folder in map(Path, folders):
-        cfg = json.loads((folder / "config.json").read_text())["config"]
-        for when in ("before", "after"):
-            for category, row in json.loads((folder / f"{when}.json").read_text()).items():
-                lines.append({"method": cfg["method"], "seed": cfg["seed"], "when": when, "category": category, **row})
-                if category == "all":
-                    found.setdefault(cfg["method"], {}).setdefault(cfg["seed"], {})[when] = row["exact"]
-    with open(out, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]))
-        writer.writeheader()
-        writer.writerows({k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()} for line in lines)
+    """Compares methods over seeds. folders: finished runs; those of one seed share their start.
 
-    def spread(values):
-        return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
-    table = [f"| method | seeds | before | after | difference to {baseline}, paired (95%) |", "|---|---|---|---|---|"]
-    for method, runs in found.items():
-        cell, other = "–", found.get(baseline, {})
-        differences = [run["after"] - other[seed]["after"] for seed, run in runs.items() if seed in other]
-        if method != baseline and len(differences) > 1:
-            mean, n = statistics.mean(differences), len(differences)
-            half = T95[min(n - 1, len(T95)) - 1] * statistics.stdev(differences) / n ** 0.5
-            cell = f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f})"
-        table.append(f"| {method} | {len(runs)} | {spread([r['before'] for r in runs.values()])} | {spread([r['after'] for r in runs.values()])} | {cell} |")
+    Writes their held-out results to the CSV `out` (a line per run, moment and category) and returns a
+    Markdown table of exact-call rates: mean and standard deviation over seeds, and the difference to the
+    baseline's runs, paired by seed, with its 95% interval (Student's t). Raises ValueError for a run that
+    has not finished, for two of one method and seed, and for runs whose other settings differ."""
+    runs = [read_run(Path(folder)) for folder in folders]
+    if not runs:
+        raise ValueError("there is nothing to compare: name the folders of finished runs")
+    for one, other in itertools.combinations(runs, 2):
+        check_pair(one, other)
+    lines = [line for run in runs for line in run["lines"]]
+    with open(out, "w", newline="") as file:
+        names = dict.fromkeys(name for line in lines for name in line)
+        writer = csv.DictWriter(file, list(names))
+        writer.writeheader()
+        writer.writerows(lines)
+    found = {}  # method -> seed -> run
+    for run in runs:
+        found.setdefault(run["method"], {})[run["seed"]] = run
+    table = [f"| method | seeds | before | after | difference to {baseline}, paired (95%) |",
+             "|---|---|---|---|---|"]
+    for method, of_seed in found.items():
+        before = spread([run["before"] for run in of_seed.values()])
+        after = spread([run["after"] for run in of_seed.values()])
+        other = found.get(baseline, {}) if method != baseline else {}
+        pairs = [run["after"] - other[seed]["after"] for seed, run in of_seed.items() if seed in other]
+        table.append(f"| {method} | {len(of_seed)} | {before} | {after} | {interval(pairs)} |")
     return "\n".join(table)
 
 
-if __name__ == "__main__":  # python -m toy_tools.show OUT.png runs/a/metrics.csv [runs/b/metrics.csv …], or OUT.csv runs/a runs/b …
-    if sys.argv[1].endswith(".csv"):
-        print(seeds(sys.argv[2:], sys.argv[1]))
-    else:
-        curve(sys.argv[2:], sys.argv[1])
+def read_run(folder):
+    """A finished run: {folder, method, seed, settings, lines of the CSV, before and after: exact-call rates}."""
+    options = read(folder, "config.json", "it is not the folder of a run")
+    run = {"folder": folder, "method": options["config"]["method"], "seed": options["config"]["seed"]}
+    run["settings"] = options.get("run", {}) | options["config"]
+    run["settings"] |= {name: options[name] for name in ("rows", "lengths") if name in options}
+    run["lines"] = []
+    for when in ("before", "after"):
+        result = read(folder, f"{when}.json", "it has not finished, or evaluated nothing")
+        run[when] = result["all"]["exact"]
+        for category, row in result.items():
+            row = {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
+            run["lines"].append({"method": run["method"], "seed": run["seed"], "when": when,
+                                 "category": category, **row})
+    return run
+
+
+def read(folder, name, otherwise):
+    if not (folder / name).is_file():
+        raise ValueError(f"{folder} has no {name}: {otherwise}, leave it out of the table")
+    try:
+        return json.loads((folder / name).read_text())
+    except ValueError as error:
+        raise ValueError(f"{folder / name} is damaged, it holds no JSON ({error})") from error
+
+
+def check_pair(one, other):
+    """Raises ValueError if the two runs cannot stand in one table."""
+    both = f"{one['folder']} and {other['folder']}"
+    method, seed = one["method"], one["seed"]
+    if (method, seed) == (other["method"], other["seed"]):
+        raise ValueError(f"{both} are both of method {method} and seed {seed}: leave one out of the table")
+    may_differ = FREE | {"method", "seed"}
+    if method != other["method"]:
+        may_differ |= OF_A_METHOD
+        if "dr-grpo" in (method, other["method"]):
+            may_differ |= OF_DR_GRPO
+    if seed != other["seed"]:
+        may_differ |= OF_A_SEED
+    a, b = one["settings"], other["settings"]
+    names = sorted(name for name in a.keys() & b.keys() - may_differ if a[name] != b[name])
+    if names:
+        values = ", ".join(f"{name} {a[name]} and {b[name]}" for name in names)
+        raise ValueError(f"{both} differ in more than method and seed ({values}): they cannot be compared")
+
+
+def spread(values):
+    mean = f"{statistics.mean(values):.3f}"
+    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
+
+
+def interval(differences):
+    """Mean of paired differences and its 95% interval; – of fewer than two."""
+    n = len(differences)
+    if n < 2:
+        return "–"
+    mean = statistics.mean(differences)
+    half = t95(n - 1) * statistics.stdev(differences) / math.sqrt(n)
+    return f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f})"
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if len(argv) < 2:
+        sys.exit(__doc__)
+    out, *inputs = argv
+    try:
+        if out.endswith(".csv"):
+            print(seeds(inputs, out))
+        else:
+            curve(inputs, out)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"show.py: error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -484,7 +484,7 @@ def summary(lines):
             gain = f"{line['gain']:.2f} ({line['gain_low']:.2f} to {line['gain_high']:.2f})"
             gain = gain.replace("nan", "?")
             weights = "  ".join(f"{line[f'w_{name}']:5.2f}" for name in REGIONS).replace("  nan", "")
-            out.append(f"  {line['method']:26}{line['noise']:9.3g}{gain:>28}  {weights}")
+            out.append(f"  {line['method']:26}{line['noise']:9.3g}{gain:>28}  {weights}".rstrip())
     if any("?" in line for line in out):
         out.append("  ?: uniform weights' own signal cannot be told from 0, so that nothing can be compared "
                    "with it: take more or larger mini-batches")

@@ -309,7 +309,7 @@ def decompose(row):
         history.append({"role": "assistant", "content": completion_text(calls, demo["think"], demo["response"])})
         for call in calls:
             result = box.functions[call["name"]](**call["arguments"])
-            history.append({"role": "tool", "content": result if isinstance(result, str) else json.dumps(result)})
+            history.append({"role": "tool", "content": result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)})
     return steps
 
 
@@ -319,7 +319,7 @@ NESTED = ("messages", "tools", "gold", "state", "demo")
 def to_dataset(rows):
     """datasets.Dataset; nested columns as JSON strings, since Arrow would merge their structs and fill missing keys with None."""
     from datasets import Dataset
-    return Dataset.from_list([{k: json.dumps(v) if k in NESTED else v for k, v in row.items()} for row in rows])
+    return Dataset.from_list([{k: json.dumps(v, ensure_ascii=False) if k in NESTED else v for k, v in row.items()} for row in rows])
 
 
 def from_dataset(dataset):
