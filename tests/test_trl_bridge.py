@@ -32,7 +32,7 @@ TEXTS = [CALL, CALL.replace("2}", "3}"), CALL.replace('": ', '":'),  # where `":
          CALL.replace("</think>", ""), CALL[:40], "<response>it is 3</response>",
          CALL + "\n<response>3</response>", "<think>hm</think><response>No tool.</response>"]
 ROWS = [{**ROW, "messages": [{"role": "user", "content": text}]} for text in ("1+2?", "one and two", "add 1, 2")]
-VOCAB = 400
+VOCAB = 430
 BETWEEN = "\n<|im_start|>tool\n3<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -259,7 +259,7 @@ def test_the_reward_is_rests(scaling, ended):
     rewards, logged = score(chat, scaling, ROW, TEXTS, 6, ended)
     scores = [rest.score_texts([text], ROW) for text in TEXTS]
     assert rewards == [rest.episode_reward(*parts[:2], 0.6, scaling) for parts in scores]
-    assert len(set(rewards)) > 3 and logged["exact"] == 1 / len(TEXTS)
+    assert len(set(rewards)) > 3 and logged["exact"] == 2 / len(TEXTS)
 
 
 def test_a_thought_that_the_template_opens_belongs_to_the_completion(tmp_path, monkeypatch):
@@ -343,7 +343,7 @@ def test_another_version_of_trl_is_named(tmp_path, monkeypatch, caplog):
         assert not caplog.records or not trl.__version__.startswith("1.16.")
         monkeypatch.setattr(trl, "__version__", "1.17.2")
         make_trainer(tmp_path)
-    assert "not 1.17.2: pip install" in caplog.text
+    assert "trl 1.17.2 is untested: pip install" in caplog.text
 
 
 @pytest.mark.parametrize("hook", ["_compute_loss", "_get_per_token_logps_and_entropies", "trl"])
@@ -439,12 +439,10 @@ def test_lora_moves_the_adapter_only(tmp_path):
     assert first["rewards/reward/mean"] < 0 and {"exact", "H_thought", "w_thought"} <= second.keys()
 
 
-def test_the_readmes_script_runs_as_printed(tmp_path):
+def test_the_script_of_the_results_runs_as_printed(tmp_path):
     """One step of it, with its own options but for their sizes, on a row of the README's kind."""
     pytest.importorskip("peft", reason="pip install peft")
-    texts = [path.read_text() for path in (ROOT / "README.md", ROOT / "results/trl.md") if path.exists()]
-    blocks = {block for text in texts for block in re.findall(r"```python\n(.*?)```", text, re.S)}
-    code, = [block for block in blocks if "trl_bridge" in block]
+    code, = re.findall(r"```python\n(.*?)```", (ROOT / "results/trl.md").read_text(), re.S)
     (tmp_path / "mine.py").write_text(code + "\nprint(trainer.state.log_history[0]['rewards/reward/mean'])")
     write_rows(tmp_path / "rows.jsonl", [ROW])
     make_model().save_pretrained(tmp_path / "DIR")

@@ -1,8 +1,8 @@
-"""When one GPU is not enough: ResT on TRL's GRPOTrainer (accelerate, FSDP, DeepSpeed, peft, vLLM).
-Its loss takes advantages per token, too; as weights are at least 0, A_i w_it makes it rest.py's clipped loss.
-loss_type grpo is the aggregation "sequence", dapo and bnpo are "token", dr_grpo is "constant"."""
+"""ResT on TRL's GRPOTrainer, for more than one GPU. Advantages per token, A_i w_it, make its loss rest.py's
+(weights are at least 0): loss_type grpo is "sequence", dapo and bnpo are "token", dr_grpo is "constant"."""
 import inspect
 import json
+import logging
 from types import SimpleNamespace
 import torch
 import rest
@@ -44,7 +44,7 @@ class ResTTrainer(trl.GRPOTrainer):
     def __init__(self, model, chat, method="rest", **options):
         self.chat, self.cfg = chat, rest.Config(method=method)
         if not trl.__version__.startswith("1.16."):
-            rest._warn_once(f"ResT was tested on trl 1.16, not {trl.__version__}: pip install 'trl==1.16.*'")
+            logging.getLogger("rest").warning(f"trl {trl.__version__} is untested: pip install 'trl==1.16.*'")
         model.generation_config.eos_token_id = sorted(chat.end_ids)
         super().__init__(model, processing_class=chat.tokenizer, **{"reward_funcs": reward(chat), **options})
         if method == "dr-grpo" and self.scale_rewards != "none":
@@ -54,7 +54,7 @@ class ResTTrainer(trl.GRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         out = super()._generate_and_score_completions(inputs)
         ids, seen = (torch.cat([out["prompt_" + x], out["completion_" + x]], 1) for x in ("ids", "mask"))
-        mask = out["completion_mask"] * out.get("tool_mask", 1)                                # (n, T)
+        mask = (out["completion_mask"] * out.get("tool_mask", 1)).float()                      # (n, T)
         n, T = mask.shape
         sampled = torch.cat([0 * out["prompt_mask"], mask], 1)                                 # (n, L + T)
         edges = torch.diff(sampled, append=0 * sampled[:, :1])  # turns are runs of 1 behind the opening
