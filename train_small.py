@@ -23,15 +23,9 @@ from transformers.utils import logging as hf_logging
 
 import rest
 from toy_tools import benchmarks, explain, fast, policy, report, runs, show, tasks
-from toy_tools.chat import TemplateChat
+from toy_tools.chat import INSTRUCTIONS, TemplateChat
 from toy_tools.data import load_rows
 from toy_tools.options import FREE, check, flag, read_options, supervised
-
-INSTRUCTIONS = (
-    "First think inside <think> and </think>. Then either call tools, one JSON object per line inside "
-    "<tool_call> and </tool_call>, or, where no tool fits or nothing is left to call, answer inside "
-    "<response> and </response>.")
-
 
 # ---------------------------------------------------------------------------------- the stages of a run
 

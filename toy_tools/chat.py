@@ -17,6 +17,11 @@ import rest
 
 log = logging.getLogger("rest")
 
+# what a model that has not learnt the completion format is told, in front of its tools
+INSTRUCTIONS = (
+    "First think inside <think> and </think>. Then either call tools, one JSON object per line inside "
+    "<tool_call> and </tool_call>, or, where no tool fits or nothing is left to call, answer inside "
+    "<response> and </response>.")
 TOOLS_TEXT = ('# Tools\nCall tools by one JSON object a line, {"name": ..., "arguments": {...}}, inside '
               '<tool_call> and </tool_call>. The tools are:\n')
 
