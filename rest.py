@@ -908,10 +908,12 @@ class Engine:
         """While tokens are sampled nothing is random but the sampling itself."""
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
-        with torch.no_grad(), autocast(self.model):
-            yield
-        for module in training:
-            module.training = True
+        try:
+            with torch.no_grad(), autocast(self.model):
+                yield
+        finally:
+            for module in training:
+                module.training = True
 
     def prefill(self, prompts, group, max_tokens):
         """Begin S = P*group rows behind their prompts (P id lists): logits [S, V] of the first token."""

@@ -225,13 +225,14 @@ def test_a_long_sliding_window_is_not_shared():
     assert type(fast.engine(Qwen3ForCausalLM(Qwen3Config(**shape, **window)))) is rest.Engine
 
 
-def test_the_probe_compares_decoding_steps_too_and_keeps_the_mode(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_probe_compares_decoding_steps_too_and_keeps_the_mode(monkeypatch, dtype):
     """A prefill that agrees is not enough; and a model in training mode is so afterwards."""
-    model = qwen3().train()
+    model = qwen3().to(dtype).train()
     assert isinstance(fast.engine(model), fast.SharedEngine) and all(m.training for m in model.modules())
     attend = fast.DecodeLayout.attend
 
     def wrong(self, q, k, v, scale, layer):
         return attend(self, q, k, v, scale * (1 if self.step is None else 2), layer)
     monkeypatch.setattr(fast.DecodeLayout, "attend", wrong)
-    assert type(fast.engine(qwen3())) is rest.Engine
+    assert type(fast.engine(qwen3().to(dtype))) is rest.Engine

@@ -223,6 +223,9 @@ def test_windows_longer_than_any_probe_are_seen(dtype):
     assert "sliding_window" in why_not("Mistral", dtype, sliding_window=300)
     text = {**SHAPE, "sliding_window": 300}
     assert "full attention" in why_not("Gemma3", dtype, text_config=text, vision_config=VISION)
+    model = build("Llama")
+    model.config.sliding_window = 300  # which an architecture may read in its mask alone
+    assert "sliding_window" in fast.why_not_shared(model)
     model = build("Qwen3")
     assert fast.why_not_shared(model) == ""
     model.model.layers[1].self_attn.sliding_window = 300
