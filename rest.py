@@ -891,7 +891,7 @@ class Engine:
         self.model = model
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # an adapter's base
         self.accepts = set(inspect.signature(inner.forward).parameters)
-        self.cache_name = "cache" if "cache" in self.accepts else "past_key_values"  # transformers 5.24, before
+        self.cache_name = "cache" if "cache" in self.accepts else "past_key_values"  # since 5.24
 
     @property
     def device(self):
