@@ -891,7 +891,7 @@ class Engine:
         self.model = model
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # an adapter's base
         self.accepts = set(inspect.signature(inner.forward).parameters)
-        self.cache_name = "cache" if "cache" in self.accepts else "past_key_values"  # transformers 5.24, before
+        self.cache_name = "cache" if "cache" in self.accepts else "past_key_values"  # since 5.24
 
     @property
     def device(self):
@@ -908,10 +908,12 @@ class Engine:
         """While tokens are sampled nothing is random but the sampling itself."""
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
-        with torch.no_grad(), autocast(self.model):
-            yield
-        for module in training:
-            module.training = True
+        try:
+            with torch.no_grad(), autocast(self.model):
+                yield
+        finally:
+            for module in training:
+                module.training = True
 
     def prefill(self, prompts, group, max_tokens):
         """Begin S = P*group rows behind their prompts (P id lists): logits [S, V] of the first token."""

@@ -1,5 +1,6 @@
-"""The fast engine against the plain one: the same samples, log-probabilities and entropies, with prompts shared, from a
-step of fixed shapes, compiled, and (on a GPU) from a CUDA graph; and which models it is chosen for."""
+"""The fast engine against the plain one: the same samples, log-probabilities and entropies, with
+prompts shared, from a step of fixed shapes, compiled, and (on a GPU) from a CUDA graph; and which
+models it is chosen for."""
 
 import math
 import os
@@ -41,8 +42,9 @@ def often_ending(model, tokenizer):
 @pytest.mark.parametrize("prompts", [3, 1])
 @pytest.mark.parametrize("name", MODELS)
 def test_shared_and_plain_decoding_sample_the_same(tokenizer, name, prompts):
-    """Ragged prompts, left padding, finished rows leaving: same tokens; logps, entropies and a fresh forward agree within 1e-4 (float32).
-    (A single prompt and no GQA once failed: then a transposed query is a view.)"""
+    """Ragged prompts, left padding, finished rows leaving: same tokens; logps, entropies and a fresh
+    forward agree within 1e-4 (float32). (A single prompt and no GQA once failed: then a transposed
+    query is a view.)"""
     model, rows = often_ending(MODELS[name](), tokenizer), MIXED[:prompts]
     shared, plain = fast.engine(model), rest.Engine(model)
     assert isinstance(shared, fast.SharedEngine)
@@ -63,7 +65,8 @@ def test_shared_and_plain_decoding_sample_the_same(tokenizer, name, prompts):
 
 
 class Graphed(fast.SharedEngine):
-    """Decodes as from a CUDA graph, but `record` runs the step instead of replaying it, and insists on fixed shapes and addresses."""
+    """Decodes as from a CUDA graph, but `record` runs the step instead of replaying it, and insists on
+    fixed shapes and addresses."""
     captures = 0
 
     def __init__(self, *args, **kwargs):
@@ -77,7 +80,8 @@ class Graphed(fast.SharedEngine):
         def run():
             with capture():
                 result.copy_(work())
-            where.add((self.position.data_ptr(), self.layout.column.data_ptr(), self.layout.own[0][0].data_ptr(), self.layout.prompt[0][0].data_ptr()))
+            read = (self.position, self.layout.column, self.layout.own[0][0], self.layout.prompt[0][0])
+            where.add(tuple(x.data_ptr() for x in read))
             assert len(where) == 1 and int(self.layout.column) < self.layout.width
         return run, result
 
@@ -85,15 +89,18 @@ class Graphed(fast.SharedEngine):
 class Refuse(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
-        by_mask = name in ("index", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1])
-        if by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh") or kwargs.get("device") == torch.device("meta"):
+        indices = args[1] if name in ("index", "index_put_") else []
+        by_mask = any(i is not None and i.dtype == torch.bool for i in indices)
+        waits = name in ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh")
+        if by_mask or waits or kwargs.get("device") == torch.device("meta"):
             raise AssertionError(f"a CUDA graph cannot hold this {name}")
         return func(*args, **kwargs)
 
 
 @contextmanager
 def capture():
-    """Refuses what a CUDA graph cannot hold and a CPU would let pass: waiting for a value, tensors made from numbers or without a device."""
+    """Refuses what a CUDA graph cannot hold and a CPU would let pass: waiting for a value, tensors made
+    from numbers or without a device."""
     with torch.device("meta"), Refuse():
         yield
 
@@ -102,7 +109,8 @@ def test_the_capture_check_refuses_what_a_graph_cannot_hold():
     x = torch.ones(3)
     with capture():
         x * 2 + torch.arange(3, device=x.device)
-    for broken in (lambda: float(x.sum()), lambda: x[x > 0], lambda: torch.arange(3), lambda: x + torch.tensor([1, 2, 3]), lambda: torch.zeros(2)):
+    for broken in (lambda: float(x.sum()), lambda: x[x > 0], lambda: torch.arange(3),
+                   lambda: x + torch.tensor([1, 2, 3]), lambda: torch.zeros(2)):
         with pytest.raises((AssertionError, RuntimeError), match="cannot hold|meta"), capture():
             broken()
 
@@ -113,13 +121,15 @@ def test_the_static_step_that_a_graph_holds_decodes_the_same(tokenizer, name, mo
     cfg = config(group=4, max_completion_tokens=40, temperature=0.7)
     monkeypatch.setattr(Graphed, "captures", 0)
     a, b = (roll(model, tokenizer, MIXED, cfg, engine, seed=3) for engine in (fast.SharedEngine, Graphed))
-    assert 1 < Graphed.captures <= 1 + math.log2(12)  # rows left, each time at least half of them, and those that stayed were captured anew
+    # rows left, each time at least half of them, and those that stayed were captured anew
+    assert 1 < Graphed.captures <= 1 + math.log2(12)
     assert torch.equal(a.tokens, b.tokens) and torch.equal(a.sampled, b.sampled)
     assert torch.allclose(a.logp, b.logp, atol=1e-4) and torch.allclose(a.entropy, b.entropy, atol=1e-4)
 
 
 def test_a_long_budget_is_read_in_widths_that_double(tokenizer):
-    """Nobody leaves, 280 steps: prepared at steps 0, 128 and 256, for widths 128, 256 and 280, and the samples stay those of the eager step."""
+    """Nobody leaves, 280 steps: prepared at steps 0, 128 and 256, for widths 128, 256 and 280, and the
+    samples stay those of the eager step."""
     widths = []
 
     class Watched(Graphed):
@@ -127,12 +137,15 @@ def test_a_long_budget_is_read_in_widths_that_double(tokenizer):
             super().prepare(ids, t)
             widths.append((t, self.layout.width))
     model, cfg = qwen3(), config(max_completion_tokens=280)
-    model.lm_head.weight.data = model.lm_head.weight.clone().index_fill(0, torch.tensor([tokenizer.eos_token_id]), 0.0)  # seldom ends
-    a, b = (roll(model, tokenizer, [ROW, LONG], cfg, engine, seed=3) for engine in (fast.SharedEngine, Watched))
+    end = torch.tensor([tokenizer.eos_token_id])
+    model.lm_head.weight.data = model.lm_head.weight.clone().index_fill(0, end, 0.0)  # seldom ends
+    a, b = (roll(model, tokenizer, [ROW, LONG], cfg, engine, seed=3)
+            for engine in (fast.SharedEngine, Watched))
     assert widths == [(0, 128), (128, 256), (256, 280)] and torch.equal(a.tokens, b.tokens)
 
 
-@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None,
+                    reason="torch.compile needs a C++ compiler")
 def test_compiled_decoding_samples_the_same(tokenizer):
     model, cfg = qwen3(layers=1), config(group=4, max_completion_tokens=24, temperature=0.7)
     engine = fast.engine(model, compiled=True)
@@ -143,7 +156,8 @@ def test_compiled_decoding_samples_the_same(tokenizer):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU there is nothing to capture")
-@pytest.mark.parametrize("record", [fast.SharedEngine.record, lambda work: (lambda: None, work())], ids=["refused", "empty graph"])
+@pytest.mark.parametrize("record", [fast.SharedEngine.record, lambda work: (lambda: None, work())],
+                         ids=["refused", "empty graph"])
 def test_a_step_that_cannot_be_captured_is_decoded_eagerly(tokenizer, monkeypatch, caplog, record):
     """Said once and remembered by the engine; the samples are those of the eager step."""
     model, cfg = qwen3(), config(max_completion_tokens=20)
@@ -184,7 +198,8 @@ def test_graph_and_eager_decoding_sample_the_same_on_a_gpu(tokenizer, monkeypatc
     """Two widths of columns, so at least two captures."""
     model, record = qwen3().cuda().to(dtype), fast.SharedEngine.record
     cfg, captures = config(group=4, max_completion_tokens=140), []
-    monkeypatch.setattr(fast.SharedEngine, "record", staticmethod(lambda work: captures.append(1) or record(work)))
+    counted = staticmethod(lambda work: captures.append(1) or record(work))
+    monkeypatch.setattr(fast.SharedEngine, "record", counted)
     engine = fast.engine(model, compiled=compiled)
     a = rest.rollout(engine, rest.Chat(tokenizer), [ROW, LONG], cfg, seed=3)
     assert len(captures) >= 2 and engine.graph and engine.compiled == compiled
@@ -204,12 +219,15 @@ def test_two_forwards_are_close_also_where_words_are_ruled_out():
 
 @pytest.mark.parametrize("kind", ["sliding window", "keys wider than values"])
 def test_models_that_cannot_share_take_the_plain_path(tokenizer, kind):
-    shape = {"vocab_size": 265, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape = {"vocab_size": 265, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+             "num_attention_heads": 4}
     if kind == "sliding window":
-        model = Qwen3ForCausalLM(Qwen3Config(**shape, num_key_value_heads=2, head_dim=8, use_sliding_window=True, sliding_window=4, max_window_layers=0))
+        model = Qwen3ForCausalLM(Qwen3Config(**shape, num_key_value_heads=2, head_dim=8, sliding_window=4,
+                                             use_sliding_window=True, max_window_layers=0))
     else:
-        model = DeepseekV3ForCausalLM(DeepseekV3Config(**shape, num_key_value_heads=4, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8,
-                                                       qk_nope_head_dim=8, v_head_dim=8, first_k_dense_replace=2))
+        model = DeepseekV3ForCausalLM(DeepseekV3Config(
+            **shape, num_key_value_heads=4, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8,
+            qk_nope_head_dim=8, v_head_dim=8, first_k_dense_replace=2))
     engine = fast.engine(model)
     assert type(engine) is rest.Engine
     out = rest.rollout(engine, rest.Chat(tokenizer), [ROW, LONG], config(max_completion_tokens=10))
@@ -225,13 +243,14 @@ def test_a_long_sliding_window_is_not_shared():
     assert type(fast.engine(Qwen3ForCausalLM(Qwen3Config(**shape, **window)))) is rest.Engine
 
 
-def test_the_probe_compares_decoding_steps_too_and_keeps_the_mode(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_probe_compares_decoding_steps_too_and_keeps_the_mode(monkeypatch, dtype):
     """A prefill that agrees is not enough; and a model in training mode is so afterwards."""
-    model = qwen3().train()
+    model = qwen3().to(dtype).train()
     assert isinstance(fast.engine(model), fast.SharedEngine) and all(m.training for m in model.modules())
     attend = fast.DecodeLayout.attend
 
     def wrong(self, q, k, v, scale, layer):
         return attend(self, q, k, v, scale * (1 if self.step is None else 2), layer)
     monkeypatch.setattr(fast.DecodeLayout, "attend", wrong)
-    assert type(fast.engine(qwen3())) is rest.Engine
+    assert type(fast.engine(qwen3().to(dtype))) is rest.Engine

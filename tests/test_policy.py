@@ -278,8 +278,10 @@ SHAPE = {"vocab_size": 265, "hidden_size": 32, "intermediate_size": 48, "num_hid
          "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
 RANDOM = {
     "dropout in the layer": FalconConfig(**SHAPE, hidden_dropout=0.5, attention_dropout=0.5),
-    "router noise": MixtralConfig(**SHAPE, num_local_experts=4, router_jitter_noise=0.5, attention_dropout=0.5),
-    "dropout modules": GPT2Config(vocab_size=265, n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.5, resid_pdrop=0.5)}
+    "router noise": MixtralConfig(
+        **SHAPE, num_local_experts=4, router_jitter_noise=0.5, attention_dropout=0.5),
+    "dropout modules": GPT2Config(
+        vocab_size=265, n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.5, resid_pdrop=0.5)}
 
 
 def saved(folder, model):
@@ -335,7 +337,8 @@ def test_only_the_adapter_is_trained_and_prompts_are_shared_through_it(tmp_path)
     saved(tmp_path, qwen3())
     model, tokenizer = adapted(tmp_path)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert len(trained) == 2 * 7 * 2 and all("lora_" in name for name in trained)  # A and B, seven layers, two blocks
+    assert len(trained) == 2 * 7 * 2  # A and B, seven layers, two blocks
+    assert all("lora_" in name for name in trained)
     engine = fast.engine(model)
     assert type(engine) is fast.SharedEngine
     batch = batch_of(model)
@@ -367,7 +370,8 @@ def test_an_adapter_is_saved_alone_loaded_back_and_merged(tmp_path, dtype, monke
     again, _ = policy.load_model(tmp_path / "run", dtype)
     assert torch.equal(logits(again), logits(model)) and not any(m.training for m in again.modules())
     a, b = ({n: p for n, p in m.named_parameters() if p.requires_grad} for m in (model, again))
-    assert a.keys() == b.keys() and all(p.dtype == torch.float32 and torch.equal(p, b[n]) for n, p in a.items())
+    assert a.keys() == b.keys()
+    assert all(p.dtype == torch.float32 and torch.equal(p, b[name]) for name, p in a.items())
     base, _ = policy.load_model(tmp_path / "base", dtype)
     assert not torch.allclose(logits(base), logits(model), atol=0.1)
     policy.merge(tmp_path / "run", tmp_path / "merged")
@@ -380,11 +384,12 @@ def test_a_run_with_an_adapter_can_be_resumed_and_used(tmp_path, capsys, monkeyp
     """--lora-rank through the script: warm start, steps, checkpoint, more steps, evaluation by --model."""
     pytest.importorskip("peft")
     saved(tmp_path / "base", qwen3())
-    monkeypatch.setattr(rest, "score_texts", by_text)  # else a random policy scores 0 throughout, and nothing moves
+    # else a random policy scores 0 throughout, and nothing moves
+    monkeypatch.setattr(rest, "score_texts", by_text)
     weights = (tmp_path / "base" / "model.safetensors").read_bytes()
-    common = ["--model", str(tmp_path / "base"), "--lora-rank", "2", "--output-dir", str(tmp_path), "--name", "run",
-              "--prompts", "2", "--group", "2", "--max-completion-tokens", "8", "--train-rows", "8",
-              "--warm-start-steps", "1", "--eval-rows", "2", "--learning-rate", "1e-2"]
+    common = ["--model", str(tmp_path / "base"), "--lora-rank", "2", "--output-dir", str(tmp_path),
+              "--name", "run", "--prompts", "2", "--group", "2", "--max-completion-tokens", "8",
+              "--train-rows", "8", "--warm-start-steps", "1", "--eval-rows", "2", "--learning-rate", "1e-2"]
     train_small.main([*common, "--steps", "1"])
     adapter = tmp_path / "run" / "checkpoint" / "adapter_model.safetensors"
     assert not (tmp_path / "run" / "checkpoint" / "model.safetensors").exists()

@@ -1,10 +1,12 @@
-"""The fast way to run a model: attention that keeps a group's prompt only once, for any Hugging Face model with
-pluggable attention (AttentionInterface), and a decoding step of fixed shapes for CUDA graphs and torch.compile.
+"""The fast way to run a model: attention that keeps a group's prompt only once, for any Hugging Face
+model with pluggable attention (AttentionInterface), and a decoding step of fixed shapes for CUDA graphs
+and torch.compile.
 
-A group's G completions share their prompt. In the update one batch row holds [prompt | completion 1 | … | completion G]
-and the layout says who may see whom; while decoding, the prompt's keys and values are stored once per group, next to
-each completion's own. Exact: what a token sees is what it would see in its own row. `engine` gives the shared engine
-where it was seen to agree with rest.Engine, and rest.Engine elsewhere."""
+A group's G completions share their prompt. In the update one batch row holds [prompt | completion 1 | …
+| completion G] and the layout says who may see whom; while decoding, the prompt's keys and values are
+stored once per group, next to each completion's own. Exact: what a token sees is what it would see in
+its own row. `engine` gives the shared engine where it was seen to agree with rest.Engine, and
+rest.Engine elsewhere."""
 
 import functools
 import inspect
@@ -25,8 +27,9 @@ log = logging.getLogger("rest")
 def engine(model, share=True, graph=True, compiled=False):
     """The fastest rest.Engine that is right for this model.
 
-    share: keep each prompt once per group; graph: on a GPU, replay the decoding step as a CUDA graph; compiled:
-    torch.compile it. Raises ValueError for a model that even rest.Engine does not run rightly (see why_refused)."""
+    share: keep each prompt once per group; graph: on a GPU, replay the decoding step as a CUDA graph;
+    compiled: torch.compile it. Raises ValueError for a model that even rest.Engine does not run rightly
+    (see why_refused)."""
     name = type(inside(model)).__name__
     reason = why_refused(model)
     if reason:
@@ -50,7 +53,8 @@ def inside(model):
 
 @dataclass
 class PackedLayout:
-    """Batch rows [prompt | G completions of T tokens], length Lp + G*T. prompt_mask: bool [P, Lp], False at left padding."""
+    """Batch rows [prompt | G completions of T tokens], length Lp + G*T. prompt_mask: bool [P, Lp],
+    False at left padding."""
 
     prompt_mask: torch.Tensor
     group: int
@@ -64,8 +68,9 @@ class PackedLayout:
         if self.masks is None:
             self.masks = self.make_masks(q.device)
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))  # grouped-query attention
-        out = F.scaled_dot_product_attention(
-            q[:, :, :Lp], k[:, :, :Lp], v[:, :, :Lp], self.masks[0], is_causal=self.masks[0] is None, scale=scale)
+        prompt, completion = self.masks
+        out = F.scaled_dot_product_attention(q[:, :, :Lp], k[:, :, :Lp], v[:, :, :Lp], prompt,
+                                             is_causal=prompt is None, scale=scale)
         if G == 0:
             return out
 
@@ -76,27 +81,32 @@ class PackedLayout:
             prompt = x[:, None, :, :Lp].expand(-1, G, -1, -1, -1).flatten(0, 1)
             return torch.cat([prompt, unpack(x)], 2)
 
-        own = F.scaled_dot_product_attention(unpack(q), with_prompt(k), with_prompt(v), self.masks[1], scale=scale)
+        k, v = with_prompt(k), with_prompt(v)
+        own = F.scaled_dot_product_attention(unpack(q), k, v, completion, scale=scale)
         return torch.cat([out, own.unflatten(0, (P, G)).transpose(1, 2).flatten(2, 3)], 2)
 
     def make_masks(self, device):
-        """(prompt to prompt, None where plainly causal; completion to prompt and itself, (P*G, 1, T, Lp+T))."""
+        """(prompt to prompt, None where plainly causal; completion to prompt and itself, (P*G, 1, T,
+        Lp+T))."""
         P, Lp = self.prompt_mask.shape
         G, T = self.group, self.length
         see = self.prompt_mask[:, None, None, :]                                 # (P, 1, 1, Lp)
         causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-        eye = torch.eye(Lp, dtype=torch.bool, device=device)  # padding sees itself: a fully masked row would be NaN
+        # padding sees itself: a fully masked row would be NaN
+        eye = torch.eye(Lp, dtype=torch.bool, device=device)
         prompt = None if self.prompt_mask.all() else (see & torch.ones_like(eye).tril()) | eye
         own = torch.cat([see.expand(P, 1, T, Lp), causal.expand(P, 1, T, T)], -1)
         return prompt, own.repeat_interleave(G, 0)
 
 
 class DecodeLayout:
-    """Keys and values while decoding: the prompt's once per group, [P, Hkv, Lp, D], each completion's own, [P, Hkv, G, T, D].
+    """Keys and values while decoding: the prompt's once per group, [P, Hkv, Lp, D], each completion's
+    own, [P, Hkv, G, T, D].
 
-    It plays both parts that transformers knows: the cache (`update`) and, through shared_attention, the attention
-    pattern. `column`, if set, is the step as a tensor int64 [1]: every tensor then keeps its shape from step to step, as
-    a CUDA graph needs; the first `width` columns are read, and those still to come are masked."""
+    It plays both parts that transformers knows: the cache (`update`) and, through shared_attention, the
+    attention pattern. `column`, if set, is the step as a tensor int64 [1]: every tensor then keeps its
+    shape from step to step, as a CUDA graph needs; the first `width` columns are read, and those still
+    to come are masked."""
 
     def __init__(self, prompt_mask, group, length):
         self.prompt_mask = prompt_mask
@@ -149,7 +159,8 @@ class DecodeLayout:
         return out.view(P, Hkv, G, R, D).transpose(1, 2).reshape(P * G, Hkv * R, 1, D)
 
     def make_bias(self, t, scores):
-        """(P, 1, Lp+t), the same for all layers: -inf at left padding and, with a fixed width, at columns to come."""
+        """(P, 1, Lp+t), the same for all layers: -inf at left padding and, with a fixed width, at
+        columns to come."""
         now = t if self.column is None else self.column
         late = torch.arange(t, device=scores.device) > now
         hidden = torch.cat([~self.prompt_mask, late.expand(len(self.prompt_mask), t)], 1)
@@ -159,7 +170,8 @@ class DecodeLayout:
         """Keep these groups of prompts and these slots, `group` to each."""
         at = slots.view(-1, group) % self.group  # (groups kept, group): which of a group's slots
         self.prompt = [tuple(x[groups] for x in kv) for kv in self.prompt]
-        self.own = [tuple(x[groups[:, None], :, at].transpose(1, 2).contiguous() for x in kv) for kv in self.own]
+        self.own = [tuple(x[groups[:, None], :, at].transpose(1, 2).contiguous() for x in kv)
+                    for kv in self.own]
         self.prompt_mask = self.prompt_mask[groups]
         self.group = group
 
@@ -170,8 +182,8 @@ KNOWN = {"position_ids", "use_cache", "cache", "past_key_values", "cache_positio
 
 
 def shared_attention(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):
-    """Attention function in transformers' AttentionInterface: output [batch, time, heads, D]. `layout` comes as a
-    model kwarg. Raises ValueError for attention that is more than this."""
+    """Attention function in transformers' AttentionInterface: output [batch, time, heads, D]. `layout`
+    comes as a model kwarg. Raises ValueError for attention that is more than this."""
     other = [name for name, x in kwargs.items()
              if name not in KNOWN and x is not None and (isinstance(x, torch.Tensor) or x)]
     if other or layout is None:
@@ -188,9 +200,10 @@ AttentionInterface.register("rest_shared", shared_attention)
 
 
 class SharedEngine(rest.Engine):
-    """rest.Engine with each prompt forwarded and kept once per group. `graph`: on CUDA the decoding step is captured as
-    a graph and replayed; `compiled`: torch.compile fuses its kernels. Both need a step of fixed shapes (static_step),
-    prepared anew when the batch shrinks, and are given up, with a warning, where they fail once."""
+    """rest.Engine with each prompt forwarded and kept once per group. `graph`: on CUDA the decoding
+    step is captured as a graph and replayed; `compiled`: torch.compile fuses its kernels. Both need a
+    step of fixed shapes (static_step), prepared anew when the batch shrinks, and are given up, with a
+    warning, where they fail once."""
 
     def __init__(self, model, graph=True, compiled=False):
         super().__init__(model)
@@ -273,16 +286,17 @@ class SharedEngine(rest.Engine):
         return self.graph_logits  # until the next replay writes over them
 
     def prepare(self, ids, t):
-        """Compiles and captures the step for the rows that are there now and the steps below layout.width, which doubles
-        from time to time, so that a long token budget is not read before it is used. Raises RuntimeError if that fails,
-        or differs from the eager step.
+        """Compiles and captures the step for the rows that are there now and the steps below
+        layout.width, which doubles from time to time, so that a long token budget is not read before it
+        is used. Raises RuntimeError if that fails, or differs from the eager step.
 
-        The graph reads graph_ids, self.position and the layout's tensors where they lie now: all live until the next
-        `prepare`."""
+        The graph reads graph_ids, self.position and the layout's tensors where they lie now: all live
+        until the next `prepare`."""
         self.forget()
         self.layout.column = torch.full((1,), t, device=ids.device)
         self.layout.width = min(self.layout.length, max(128, 2 * t))
-        expected = self.static_step(ids)  # and a warm-up: libraries allocate, autocast casts weights outside the graph
+        # and a warm-up: libraries allocate, autocast casts weights outside the graph
+        expected = self.static_step(ids)
         if self.graph:
             if self.compiled:
                 self.work(ids)
@@ -294,14 +308,17 @@ class SharedEngine(rest.Engine):
 
     @staticmethod
     def record(work):
-        """(run, result): run() does what work() does, by a CUDA graph, and writes its result where it stands."""
+        """(run, result): run() does what work() does, by a CUDA graph, and writes its result where it
+        stands."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):  # the first restores the stream
+        # the first of the two restores the stream
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
             result = work()
         return graph.replay, result
 
     def drop(self, done):
-        """Takes out finished groups and narrows the others to the fullest one, where that makes the batch enough smaller."""
+        """Takes out finished groups and narrows the others to the fullest one, where that makes the
+        batch enough smaller."""
         groups = [done[a:a + self.width] for a in range(0, len(done), self.width)]
         keep = [k for k, group in enumerate(groups) if not all(group)]
         width = max(group.count(False) for group in groups)
@@ -321,8 +338,8 @@ class SharedEngine(rest.Engine):
     # update
 
     def micro_batches(self, batch, groups, budget):
-        """As rest.Engine's, but a group's completions stand behind one copy of their prompt: every list holds equally
-        many completions, in a row, of each of its groups."""
+        """As rest.Engine's, but a group's completions stand behind one copy of their prompt: every list
+        holds equally many completions, in a row, of each of its groups."""
         G = batch.group
         length = batch.length.tolist()
         longest = [max(length[p * G:p * G + G]) for p in range(len(batch.prompts))]
@@ -346,8 +363,9 @@ class SharedEngine(rest.Engine):
         return [rows for _, rows in parts]
 
     def logps(self, batch, rows, temperature):
-        """As rest.Engine's. rows: equally many of each group, a group's together (see micro_batches). One batch row per
-        group, [prompt | its completions]; hidden states t-1 predict token t, the prompt's last one token 0."""
+        """As rest.Engine's. rows: equally many of each group, a group's together (see micro_batches).
+        One batch row per group, [prompt | its completions]; hidden states t-1 predict token t, the
+        prompt's last one token 0."""
         groups = list(dict.fromkeys(row // batch.group for row in rows))
         P, n = len(groups), len(rows) // len(groups)
         T = max(batch.length[rows].tolist())
@@ -358,7 +376,8 @@ class SharedEngine(rest.Engine):
         after = mask.sum(1, keepdim=True) + torch.arange(T, device=self.device)            # (P, T)
         with rest.autocast(self.model), self.attention():
             hidden = self.causal.base_model(
-                input_ids=torch.cat([ids, completions], 1), position_ids=torch.cat([before, after.repeat(1, n)], 1),
+                input_ids=torch.cat([ids, completions], 1),
+                position_ids=torch.cat([before, after.repeat(1, n)], 1),
                 use_cache=False, layout=PackedLayout(mask, n, T)).last_hidden_state        # (P, Lp+n*T, H)
             last = hidden[:, None, Lp - 1:Lp].expand(-1, n, -1, -1)                        # (P, n, 1, H)
             own = hidden[:, Lp:].unflatten(1, (n, T))[:, :, :-1]                           # (P, n, T-1, H)
@@ -372,8 +391,8 @@ class SharedEngine(rest.Engine):
 
 
 def head_logps(states, targets, temperature, head, chunk_elements=2**26):
-    """rest.token_logps of hidden states [M, H] with their output layer. In chunks whose logits are made again in the
-    backward pass, so that [M, V] floats never exist at once."""
+    """rest.token_logps of hidden states [M, H] with their output layer. In chunks whose logits are made
+    again in the backward pass, so that [M, V] floats never exist at once."""
     def logps(states, targets):
         return rest.token_logps(head(states), targets, temperature)
 
@@ -385,7 +404,8 @@ def head_logps(states, targets, temperature, head, chunk_elements=2**26):
 
 
 def close(a, b):
-    """Whether logits or logps agree as well as their precision lets them: 1e-4 of the largest in float32, 5% in bfloat16."""
+    """Whether logits or logps agree as well as their precision lets them: 1e-4 of the largest in
+    float32, 5% in bfloat16."""
     exact = a.dtype == b.dtype == torch.float32 and not torch.is_autocast_enabled(a.device.type)
     if not torch.equal(a.isfinite(), b.isfinite()):
         return False
@@ -395,7 +415,8 @@ def close(a, b):
 
 @functools.cache
 def compiled_step():
-    return torch.compile(SharedEngine.static_step, dynamic=True)  # prompts, rows and widths differ from rollout to rollout
+    # dynamic: prompts, rows and widths differ from rollout to rollout
+    return torch.compile(SharedEngine.static_step, dynamic=True)
 
 
 # ---- where it agrees ----
@@ -406,14 +427,14 @@ WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size", "w
 def why_refused(model):
     """Why not even rest.Engine is right for this model, or "".
 
-    What a rollout records and what the update computes must be the model's own forward; that is tried on random
-    ids, and what only long inputs would show is known by its name."""
+    What a rollout records and what the update computes must be the model's own forward; that is tried
+    on random ids, and what only long inputs would show is known by its name."""
     if not hasattr(model, "config"):
         return ""  # nothing is known of it
     for kind in rope_types(model.config.get_text_config()):
         if "dynamic" in kind or kind == "longrope":
-            return (f"its rotary embedding ({kind}) depends on the length of the longest row, so that log-probabilities "
-                    "would change while a row grows; use a model with another rope_type")
+            return (f"its rotary embedding ({kind}) depends on the length of the longest row, so that "
+                    "log-probabilities would change while a row grows; use a model with another rope_type")
     batch = probe_batch(model)
     try:
         with torch.no_grad():  # in the mode that the update finds
@@ -434,8 +455,8 @@ def why_refused(model):
 
 
 def why_not_shared(model):
-    """Why the shared engine is not right for this model, or "": what it computes on random ids must be the model's
-    own forward, too, and nothing may be there that these ids would not show."""
+    """Why the shared engine is not right for this model, or "": what it computes on random ids must be
+    the model's own forward, too, and nothing may be there that these ids would not show."""
     causal = inside(model)
     if not getattr(causal, "_supports_attention_backend", False):
         return "its attention cannot be replaced"
@@ -462,14 +483,15 @@ def why_not_shared(model):
     return "" if shared <= limit else f"its log-probabilities differ (by {shared:.1e} of their size)"
 
 
-FAILURES = (TypeError, AttributeError, LookupError, RuntimeError, ValueError, AssertionError, NotImplementedError)
+FAILURES = (TypeError, AttributeError, LookupError, RuntimeError, ValueError, AssertionError)
 
 
 def rope_types(config):
     """The names of its rotary embeddings, which may differ from layer to layer."""
     ropes = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     ropes = [ropes, *ropes.values()]
-    return {rope.get("rope_type") or rope.get("type") or "default" for rope in ropes if isinstance(rope, dict)}
+    return {rope.get("rope_type") or rope.get("type") or "default"
+            for rope in ropes if isinstance(rope, dict)}
 
 
 def exact(model):
@@ -489,8 +511,8 @@ def probe_batch(model, lengths=(40, 3, 11)):
 
 
 def look(engine, batch):
-    """What an engine makes of a batch: (logps [M] of the update, log-probabilities [M, V] of a rollout that is forced
-    to these tokens), M tokens, one completion behind the other."""
+    """What an engine makes of a batch: (logps [M] of the update, log-probabilities [M, V] of a rollout
+    that is forced to these tokens), M tokens, one completion behind the other."""
     N, T = batch.tokens.shape
     length = batch.length.tolist()
     seen = [[] for _ in range(N)]
@@ -527,11 +549,13 @@ def own_rows(model, batch):
 def distance(seen, truth, batch, model):
     """How far what an engine computes is from the truth, as a share of the size of log-probabilities.
 
-    In float32 the largest difference. In bfloat16, where a router's choice may tip at single tokens, the median over
-    the tokens of a completion, of the worst completion: windows, caps and padding are wrong at most of its tokens."""
+    In float32 the largest difference. In bfloat16, where a router's choice may tip at single tokens,
+    the median over the tokens of a completion, of the worst completion: windows, caps and padding are
+    wrong at most of its tokens."""
     if not torch.equal(seen[1].isfinite(), truth[1].isfinite()):
         return float("inf")
-    seen, truth = ([x.nan_to_num(0.0, 0.0, 0.0) for x in pair] for pair in (seen, truth))  # words ruled out: -inf
+    # words that a model rules out have -inf
+    seen, truth = ([x.nan_to_num(0.0, 0.0, 0.0) for x in pair] for pair in (seen, truth))
     if exact(model):
         return max(float((a - b).abs().max() / truth[1].abs().max()) for a, b in zip(seen, truth))
     off = [(a - b).abs().view(len(a), -1).mean(1) / truth[1].std(1).mean() for a, b in zip(seen, truth)]
@@ -539,14 +563,15 @@ def distance(seen, truth, batch, model):
 
 
 def own_head(model):
-    """The output layer, if the model's logits are what it makes of the hidden states and nothing else; else None.
-    Tried with logits of about a thousand, where a soft cap shows."""
+    """The output layer, if the model's logits are what it makes of the hidden states and nothing else;
+    else None. Tried with logits of about a thousand, where a soft cap shows."""
     causal = inside(model)
     try:
         head = causal.get_output_embeddings()
         with rest.Engine(model).sampling():
             ids = torch.arange(8, device=head.weight.device)[None]
-            logits = head(causal.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()  # (1, 8, V)
+            states = causal.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            logits = head(states).float()                                              # (1, 8, V)
             factor = 1000 / logits.abs().max()
             hook = head.register_forward_hook(lambda module, args, out: out * factor)
             try:

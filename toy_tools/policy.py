@@ -1,5 +1,6 @@
-"""Policies: the embedded one (a 1M-parameter Qwen3 and its BPE tokenizer, made from scratch in seconds) and any Hugging Face chat model;
-and the supervised warm start that gives reinforcement learning something to reinforce."""
+"""Policies: the embedded one (a 1M-parameter Qwen3 and its BPE tokenizer, made from scratch in seconds)
+and any Hugging Face chat model; and the supervised warm start that gives reinforcement learning
+something to reinforce."""
 
 import hashlib
 import importlib.metadata
@@ -16,18 +17,20 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast,
+                          Qwen3Config, Qwen3ForCausalLM)
 
 import rest
 from toy_tools import chat, fast, lora, schema, tasks, tools
 
-# --------------------------------------------------------------------------------------------- the embedded policy
+# -------------------------------------------------------------------------------- the embedded policy
 
 WARM_START_STEPS = 480
 START = Path(__file__).parent / "start"  # the warm-started policy of seed 0, which comes with the repository
 
 TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<response>", "</response>"]
-CHAT_TEMPLATE = (  # tools as signatures, name(param: type, ...): description, a third of the tokens that JSON schemas take
+# tools as signatures, name(param: type, ...): description, a third of the tokens that JSON schemas take
+CHAT_TEMPLATE = (
     "{% if tools %}{% for tool in tools %}{% set f = tool.function %}{{ f.name }}("
     "{% for name, p in ((f.parameters or {}).properties or {}).items() %}{{ name }}"
     "{% if p.type %}: {{ p.type if p.type is string else p.type | join('|') }}{% endif %}"
@@ -38,27 +41,32 @@ CHAT_TEMPLATE = (  # tools as signatures, name(param: type, ...): description, a
 
 
 def build_tokenizer(texts, vocab_size=1536):
-    """Byte-level BPE over `texts` with single tokens for the tags, as a transformers tokenizer with a chat template.
+    """Byte-level BPE over `texts` with single tokens for the tags, as a transformers tokenizer with a
+    chat template.
 
-    Tokens hold at most a word (tool names are words) or two digits, so that a value has the same tokens wherever it stands."""
+    Tokens hold at most a word (tool names are words) or two digits, so that a value has the same tokens
+    wherever it stands."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(r"\d{4}-\d\d|-?\d{1,2}| ?[A-Za-z_]+| ?[^\sA-Za-z_\d]+|\s+"), "isolated"),
          pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size - len(TAGS), special_tokens=["<|pad|>", "<|im_start|>", "<|im_end|>"], show_progress=False,
+        vocab_size=vocab_size - len(TAGS), show_progress=False,
+        special_tokens=["<|pad|>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     tokenizer.add_tokens(TAGS)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|im_end|>",
-                                        additional_special_tokens=["<|im_start|>"], clean_up_tokenization_spaces=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"], clean_up_tokenization_spaces=False)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
 def model_config(vocab_size):
     return Qwen3Config(
-        vocab_size=vocab_size, hidden_size=160, intermediate_size=448, num_hidden_layers=3, num_attention_heads=5,
+        vocab_size=vocab_size, hidden_size=160, intermediate_size=448, num_hidden_layers=3,
+        num_attention_heads=5,
         num_key_value_heads=5, head_dim=32, max_position_embeddings=2048, tie_word_embeddings=True,
         initializer_range=0.06, bos_token_id=None, eos_token_id=2, pad_token_id=0)
 
@@ -72,8 +80,8 @@ def build_model(vocab_size, seed=0):
 def noisy_demonstration(row, rng, noise):
     """The row's next turn as an imperfect demonstrator would write it.
 
-    Each with probability `noise`: a thought left open or left out, broken JSON, a response beside calls. Each with a third of that: a wrong
-    tool, a wrong or missing argument, a missing call."""
+    Each with probability `noise`: a thought left open or left out, broken JSON, a response beside
+    calls. Each with a third of that: a wrong tool, a wrong or missing argument, a missing call."""
     calls, demo = [dict(c) for c in row["gold"][0]], row["demo"][0]
     for call in calls:
         call["arguments"] = dict(call["arguments"])
@@ -102,20 +110,25 @@ def noisy_demonstration(row, rng, noise):
 def copying(tokenizer, rng):
     """(ids, mask) of a lesson: one request and its call, without tools, chat format or thought."""
     call, user = tasks.request(tasks.Draw(rng, "train"), rng.choice(list(tools.TOOLS)))
-    prompt, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (user + "\n", json.dumps(call, ensure_ascii=False)))
+    texts = (user + "\n", json.dumps(call, ensure_ascii=False))
+    prompt, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
     return prompt + answer + [tokenizer.eos_token_id], [False] * len(prompt) + [True] * (len(answer) + 1)
 
 
 def looking_up(tokenizer, rng, questions=12):
-    """(ids, mask) of a lesson: a list of tools, then names of tools with what a thought would say of them, there or missing."""
+    """(ids, mask) of a lesson: a list of tools, then names of tools with what a thought would say of
+    them, there or missing."""
     names = rng.sample(list(tools.TOOLS), rng.choice((1, 2, 3, 4)))
-    row = {"messages": [{"role": "user", "content": ""}], "tools": [tools.TOOLS[name].schema() for name in names]}
+    schemas = [tools.TOOLS[name].schema() for name in names]
+    row = {"messages": [{"role": "user", "content": ""}], "tools": schemas}
     ids, _ = rest.Chat(tokenizer).prompt(row)
     mask = [False] * len(ids)
     for _ in range(questions):
         there = rng.random() < 0.5
         name = rng.choice([n for n in tools.TOOLS if (n in names) == there])
-        for text, trained in ((rng.choice(tasks.TOOL).format(tool=name), False), (rng.choice(tasks.USE if there else tasks.NO_TOOL) + "\n", True)):
+        question = rng.choice(tasks.TOOL).format(tool=name)
+        answer = rng.choice(tasks.USE if there else tasks.NO_TOOL) + "\n"
+        for text, trained in ((question, False), (answer, True)):
             piece = tokenizer(text, add_special_tokens=False)["input_ids"]
             ids, mask = ids + piece, mask + [trained] * len(piece)
     return ids, mask
@@ -130,8 +143,8 @@ def demonstrations(seed, count, noise, mask_names):
 
 
 def recipe(seed=0, steps=WARM_START_STEPS, batch=32, learning_rate=3e-3, noise=0.22, mask_names=False):
-    """All that decides what a warm start learns, but for the libraries: its options, and a digest of what tools, tasks,
-    lessons and template make of them."""
+    """All that decides what a warm start learns, but for the libraries: its options, and a digest of
+    what tools, tasks, lessons and template make of them."""
     pairs, rng = demonstrations(seed, 200, noise, mask_names)
     tokenizer = build_tokenizer([], 300)
     lessons = [(copying(tokenizer, rng), looking_up(tokenizer, rng)) for _ in range(50)]
@@ -151,30 +164,37 @@ def digest(folder):
             for file in sorted(Path(folder).iterdir()) if file.name != "start.json"}
 
 
-def tiny_policy(seed=0, steps=WARM_START_STEPS, batch=32, learning_rate=3e-3, noise=0.22, mask_names=False, device="cpu",
-                progress=True):
-    """(model, tokenizer) of the embedded policy after its warm start, kept under $REST_CACHE (default ~/.cache/rest).
+def tiny_policy(seed=0, steps=WARM_START_STEPS, batch=32, learning_rate=3e-3, noise=0.22, mask_names=False,
+                device="cpu", progress=True):
+    """(model, tokenizer) of the embedded policy after its warm start, kept under $REST_CACHE (default
+    ~/.cache/rest).
 
-    A pretrained model can copy words and see whether something is listed; a random one learns this slowest, and soonest
-    from short texts that hold nothing else. So half as many steps of lessons come first, then `steps` of imperfect
-    demonstrations."""
+    A pretrained model can copy words and see whether something is listed; a random one learns this
+    slowest, and soonest from short texts that hold nothing else. So half as many steps of lessons come
+    first, then `steps` of imperfect demonstrations."""
     wanted = recipe(seed, steps, batch, learning_rate, noise, mask_names)
-    sources = [inspect.getsource(module) for module in (rest, schema, tools, tasks, chat, inspect.getmodule(tiny_policy))]
+    modules = (rest, schema, tools, tasks, chat, inspect.getmodule(tiny_policy))
+    sources = [inspect.getsource(module) for module in modules]
     key = json.dumps([wanted, versions(), sources], sort_keys=True)
-    folder = Path(os.environ.get("REST_CACHE", "~/.cache/rest")).expanduser() / hashlib.sha256(key.encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("REST_CACHE", "~/.cache/rest")).expanduser()
+    folder = cache / hashlib.sha256(key.encode()).hexdigest()[:16]
     if folder.is_dir():
         return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)  # before the minutes of training: it may be refused
     pairs, rng = demonstrations(seed, max(2000, steps * batch), noise, mask_names)
     plain = build_tokenizer([], 300)  # bytes, for its chat template
-    tokenizer = build_tokenizer([plain.apply_chat_template(row["messages"], tools=row["tools"], tokenize=False) + text for row, text in pairs[:4000]])
+    texts = [plain.apply_chat_template(row["messages"], tools=row["tools"], tokenize=False) + text
+             for row, text in pairs[:4000]]
+    tokenizer = build_tokenizer(texts)
     model = build_model(len(tokenizer), seed).to(device)
 
     def lessons(step):
-        return [copying(tokenizer, rng) for _ in range(batch * 3 // 2)] + [looking_up(tokenizer, rng) for _ in range(batch // 6 if step < 120 else 0)]
+        copies = [copying(tokenizer, rng) for _ in range(batch * 3 // 2)]
+        return copies + [looking_up(tokenizer, rng) for _ in range(batch // 6 if step < 120 else 0)]
     supervised(model, lessons, steps // 2, learning_rate, 18, "learning to copy", progress)
     warm_start(model, tokenizer, pairs, steps, batch, learning_rate, seed, micro_batch=8, progress=progress)
-    part = Path(tempfile.mkdtemp(dir=folder.parent))  # written beside, then renamed: an interrupted run leaves no half cache
+    # written beside, then renamed: an interrupted run leaves no half cache
+    part = Path(tempfile.mkdtemp(dir=folder.parent))
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
     try:
@@ -185,8 +205,9 @@ def tiny_policy(seed=0, steps=WARM_START_STEPS, batch=32, learning_rate=3e-3, no
 
 
 def write_start(folder, progress=True, **options):
-    """Make a warm-started policy and write it as the repository's: bfloat16 weights, tokenizer, and start.json, which says
-    by which recipe, libraries and command it was made and what each file's checksum is."""
+    """Make a warm-started policy and write it as the repository's: bfloat16 weights, tokenizer, and
+    start.json, which says by which recipe, libraries and command it was made and what each file's
+    checksum is."""
     folder = Path(folder)
     model, tokenizer = tiny_policy(**options, progress=progress)
     model.to(torch.bfloat16).save_pretrained(folder)
@@ -203,19 +224,21 @@ def is_shipped(**options):
 
 
 def read_start(folder=START):
-    """(model, tokenizer) of a folder of write_start, in float32. Raises ValueError if a file is not what it was."""
+    """(model, tokenizer) of a folder of write_start, in float32. Raises ValueError if a file is not
+    what it was."""
     about = json.loads((Path(folder) / "start.json").read_text())
     if digest(folder) != about["files"]:
-        raise ValueError(f"{folder} is not what its start.json says: restore it from the repository, or make it anew with: "
-                         f"{about['command']}")
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+        raise ValueError(f"{folder} is not what its start.json says: restore it from the repository, or make "
+                         f"it anew with: {about['command']}")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(folder)
 
 
-# --------------------------------------------------------------------------------------------- supervised warm start, any model
+# ----------------------------------------------------------------- supervised warm start, any model
 
 def supervised(model, sequences, steps, learning_rate, micro_batch, what="warm start", progress=True):
-    """Cross-entropy steps; sequences(step) -> [(ids, mask)], mask True at the tokens to learn. Short warm-up, second
-    half decays. Returns the losses, nats per token of the model's own logits."""
+    """Cross-entropy steps; sequences(step) -> [(ids, mask)], mask True at the tokens to learn. Short
+    warm-up, second half decays. Returns the losses, nats per token of the model's own logits."""
     trained = [p for p in model.parameters() if p.requires_grad]
     device = trained[0].device
     optimizer = torch.optim.AdamW(
@@ -256,10 +279,10 @@ def supervised(model, sequences, steps, learning_rate, micro_batch, what="warm s
     return losses
 
 
-def warm_start(model, tokenizer, pairs, steps, batch=8, learning_rate=2e-4, seed=0, micro_batch=16, instructions="",
-               progress=True):
-    """Supervised steps on pairs (row, completion text): cross entropy on the completion and its end-of-turn token.
-    Returns the losses."""
+def warm_start(model, tokenizer, pairs, steps, batch=8, learning_rate=2e-4, seed=0, micro_batch=16,
+               instructions="", progress=True):
+    """Supervised steps on pairs (row, completion text): cross entropy on the completion and its
+    end-of-turn token. Returns the losses."""
     talk = chat.TemplateChat(tokenizer, instructions, model)
     rng = random.Random(seed)
     epochs = -(-steps * batch // len(pairs))
@@ -274,26 +297,28 @@ def warm_start(model, tokenizer, pairs, steps, batch=8, learning_rate=2e-4, seed
     return supervised(model, sequences, steps, learning_rate, micro_batch, progress=progress)
 
 
-# --------------------------------------------------------------------------------------------- real models
+# -------------------------------------------------------------------------------------- real models
 
 def load_model(path, dtype=torch.float32, gradient_checkpointing=False, lora_rank=0):
-    """(model, tokenizer) from a hub id, a folder, or a .gguf file, in evaluation mode and without dropout: whatever is
-    random would make the importance ratio differ from 1.
+    """(model, tokenizer) from a hub id, a folder, or a .gguf file, in evaluation mode and without
+    dropout: whatever is random would make the importance ratio differ from 1.
 
-    A folder with an adapter gives its base with that adapter. lora_rank: adapters are added and alone trained.
-    Raises FileNotFoundError / ImportError / ValueError with what to do."""
+    A folder with an adapter gives its base with that adapter. lora_rank: adapters are added and alone
+    trained. Raises FileNotFoundError / ImportError / ValueError with what to do."""
     path = str(path)
-    if any((Path(path) / "checkpoint" / name).exists() for name in ("config.json", lora.CONFIG)):  # a run's folder
-        path = str(Path(path) / "checkpoint")
+    of_run = Path(path) / "checkpoint"
+    if any((of_run / name).exists() for name in ("config.json", lora.CONFIG)):
+        path = str(of_run)
     if path.endswith(".gguf") and lora_rank:
-        raise ValueError("--lora-rank needs a model in a folder or on the hub, from which it can be loaded again: load the "
-                         ".gguf file with policy.load_model and save it to a folder")
+        raise ValueError("--lora-rank needs a model in a folder or on the hub, from which it can be loaded "
+                         "again: load the .gguf file with policy.load_model and save it to a folder")
     adapter = lora.read_config(path)
     base = adapter.get("base_model_name_or_path") or path
     try:
         model, tokenizer = read_model(base, dtype)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} is an adapter of {base}: {error}" if adapter else str(error)) from error
+        text = f"{path} is an adapter of {base}: {error}" if adapter else str(error)
+        raise FileNotFoundError(text) from error
     if adapter:
         model = lora.load(model, path, lora_rank)
         if (Path(path) / "tokenizer_config.json").exists():
@@ -301,8 +326,8 @@ def load_model(path, dtype=torch.float32, gradient_checkpointing=False, lora_ran
     elif lora_rank:
         model = lora.add(model, lora_rank)
     if not tokenizer.chat_template:
-        raise ValueError(f"{path} has no chat template; use an instruct model, or set tokenizer.chat_template and save it "
-                         "to a folder")
+        raise ValueError(f"{path} has no chat template; use an instruct model, or set "
+                         "tokenizer.chat_template and save it to a folder")
     still(model)
     if gradient_checkpointing:
         checkpoint_layers(fast.inside(model))
@@ -331,16 +356,16 @@ def read_model(path, dtype):
     try:
         config = AutoConfig.from_pretrained(path, **kwargs)
     except OSError as error:
-        raise FileNotFoundError(f"cannot load a model from {path}: no folder with a config.json, and no such model on the "
-                                "hub, or the hub cannot be reached") from error
+        raise FileNotFoundError(f"cannot load a model from {path}: no folder with a config.json, and no such "
+                                "model on the hub, or the hub cannot be reached") from error
     tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
     model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, **kwargs, **quantization)
     return model, tokenizer
 
 
 def still(model):
-    """Evaluation mode, in which nothing is random; and no dropout anywhere, in modules and in the configurations that
-    they read, for layers that must be in training mode."""
+    """Evaluation mode, in which nothing is random; and no dropout anywhere, in modules and in the
+    configurations that they read, for layers that must be in training mode."""
     model.eval()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -352,20 +377,22 @@ def still(model):
 
 
 def checkpoint_layers(model):
-    """Gradient checkpointing. transformers checkpoints a module only in training mode, so that innermost ones that do
-    are in it, they alone: what lies in them and around them (router noise, say) stays as it is."""
+    """Gradient checkpointing. transformers checkpoints a module only in training mode, so that
+    innermost ones that do are in it, they alone: what lies in them and around them (router noise, say)
+    stays as it is."""
     enable = getattr(model, "activation_checkpointing_enable", None)  # its name since transformers 5.23
     (enable or model.gradient_checkpointing_enable)()
     layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no gradient checkpointing: leave --gradient-checkpointing out")
+        name = type(model).__name__
+        raise ValueError(f"{name} has no gradient checkpointing: leave --gradient-checkpointing out")
     for layer in layers:
         inner = [module for module in layer.modules() if module is not layer]
         layer.training = not any(getattr(module, "gradient_checkpointing", False) for module in inner)
 
 
 def merge(folder, to, dtype=torch.float32):
-    """Write the model of a folder with an adapter to another folder, merged: a model like any other, without peft.
+    """Write the model of a folder with an adapter to another folder, merged: a model like any other.
 
     python -c "from toy_tools import policy; policy.merge('runs/rest-seed0', 'merged')" """
     model, tokenizer = load_model(folder, dtype)
