@@ -787,6 +787,10 @@ def same_value(a, b):
         return len(a) == len(b) and all(map(same_value, a, b))
     return isinstance(a, bool) == isinstance(b, bool) and a == b
 
+def valid_text(text):
+    """The text with U+FFFD for each half of a surrogate pair: JSON has these, tokenizers refuse them."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
 # ---- appendix: tool executor ----
 
 def execute(calls, functions, timeout=2.0, max_chars=1000):
@@ -807,13 +811,13 @@ def execute(calls, functions, timeout=2.0, max_chars=1000):
         refused += isinstance(result, CallError)
         failed += error and not isinstance(result, CallError)
         if error and not isinstance(result, (ValueError, TimeoutError)):
-            _warn_once(f"the tool {call.name} failed, which is no fault of the model: {result!r}")
+            warn_once(f"the tool {call.name} failed, which is no fault of the model: {result!r}")
         text = f"error: {result}" if error else result
-        text = re.sub("[\ud800-\udfff]", "\ufffd", text)  # halves of surrogate pairs
+        text = valid_text(text)
         texts.append(text if len(text) <= max_chars else text[:max_chars] + " … (cut)")
     return texts, refused, failed
 
-_warn_once = lru_cache(logging.getLogger("rest").warning)
+warn_once = lru_cache(logging.getLogger("rest").warning)
 
 def _run(call, functions, outcome):
     # writes the result as text, or the exception, to outcome[0]

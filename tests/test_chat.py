@@ -507,7 +507,7 @@ def test_what_one_row_alone_breaks_is_named_by_its_roles_and_tools(bring):
 
 def test_what_is_found_is_said_once(bring, caplog):
     """A training run makes several chats of one tokenizer."""
-    chat._warn_once.cache_clear()
+    rest.warn_once.cache_clear()
     with caplog.at_level(logging.WARNING, "rest"):
         talks = [chat.TemplateChat(bring(GEMMA)) for _ in range(3)]
     assert [record.getMessage() for record in caplog.records] == talks[0].notes == talks[2].notes

@@ -6,16 +6,13 @@ this raises no error by itself, so TemplateChat renders small dialogues when it 
 what the template would not show, and says so once, by log.warning and in `notes`."""
 
 import json
-import logging
 import re
-from functools import lru_cache
 from itertools import count
 
 from jinja2.exceptions import TemplateError
 
 import rest
 
-log = logging.getLogger("rest")
 
 # what a model that has not learnt the completion format is told, in front of its tools
 INSTRUCTIONS = (
@@ -67,7 +64,7 @@ class TemplateChat(rest.Chat):
         self._find_end(model)
         self._look_back()
         for note in self.notes:
-            _warn_once(note)
+            rest.warn_once(note)
 
     # ---- a row's tokens ----
 
@@ -108,7 +105,7 @@ class TemplateChat(rest.Chat):
         return ids, self.encode(opening)
 
     def encode(self, text):
-        return super().encode(re.sub("[\ud800-\udfff]", "\ufffd", text))  # halves of surrogate pairs
+        return super().encode(rest.valid_text(text))
 
     def render(self, messages, tools):
         """See rest.Chat. Raises ValueError for roles that the template refuses."""
@@ -311,8 +308,3 @@ def _with_tool_turns(messages, tool_turn):
         written.append({"role": "user" if role == "tool" else role, "content": text})
         before = role
     return written
-
-
-@lru_cache(maxsize=None)
-def _warn_once(text):
-    log.warning(text)

@@ -3,6 +3,7 @@
 import json
 
 import rest
+from rest import valid_text
 
 TYPES = {
     "string": str,
@@ -62,11 +63,6 @@ def member(schema, key):
         return True
     closed = isinstance(properties, dict) and ELSEWHERE.isdisjoint(schema)
     return schema.get("additionalProperties", not closed)
-
-
-def valid_text(text):
-    """The text with U+FFFD for each half of a surrogate pair: JSON has these, tokenizers refuse them."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _is(value, kind):
