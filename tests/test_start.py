@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers.configuration_utils
 from safetensors.torch import load_file
 
 import train_small
@@ -55,6 +56,13 @@ def test_a_damaged_start_is_named(small):
     file.write_bytes(data)
     with pytest.raises(ValueError, match="python -m toy_tools.policy toy_tools/start"):
         policy.read_start(small)
+
+
+def test_every_version_of_the_libraries_takes_it(monkeypatch):
+    """The recipe says what is learnt; by which libraries it was learnt stands beside it."""
+    monkeypatch.setattr(transformers.configuration_utils, "__version__", "0.0")
+    monkeypatch.setattr(policy, "versions", lambda: {"torch": "0.0"})
+    assert policy.is_shipped()
 
 
 @pytest.mark.parametrize("options, trains", [([], False), (["--method", "grpo"], False), (["--warm-start-steps", "480"], True),

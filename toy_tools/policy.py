@@ -63,18 +63,17 @@ def build_tokenizer(texts, vocab_size=1536):
     return tokenizer
 
 
-def model_config(vocab_size):
-    return Qwen3Config(
-        vocab_size=vocab_size, hidden_size=160, intermediate_size=448, num_hidden_layers=3,
-        num_attention_heads=5,
-        num_key_value_heads=5, head_dim=32, max_position_embeddings=2048, tie_word_embeddings=True,
-        initializer_range=0.06, bos_token_id=None, eos_token_id=2, pad_token_id=0)
+SHAPE = {
+    "hidden_size": 160, "intermediate_size": 448, "num_hidden_layers": 3, "num_attention_heads": 5,
+    "num_key_value_heads": 5, "head_dim": 32, "max_position_embeddings": 2048,
+    "tie_word_embeddings": True, "initializer_range": 0.06}
 
 
 def build_model(vocab_size, seed=0):
     """A randomly initialised Qwen3 of about 1M parameters."""
     torch.manual_seed(seed)
-    return Qwen3ForCausalLM(model_config(vocab_size))
+    ids = {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0}
+    return Qwen3ForCausalLM(Qwen3Config(vocab_size=vocab_size, **SHAPE, **ids))
 
 
 def noisy_demonstration(row, rng, noise):
@@ -148,8 +147,7 @@ def recipe(seed=0, steps=WARM_START_STEPS, batch=32, learning_rate=3e-3, noise=0
     pairs, rng = demonstrations(seed, 200, noise, mask_names)
     tokenizer = build_tokenizer([], 300)
     lessons = [(copying(tokenizer, rng), looking_up(tokenizer, rng)) for _ in range(50)]
-    shape = model_config(300).to_diff_dict()
-    shown = json.dumps([pairs, lessons, CHAT_TEMPLATE, shape], sort_keys=True, default=str)
+    shown = json.dumps([pairs, lessons, CHAT_TEMPLATE, SHAPE], sort_keys=True, default=str)
     return {"seed": seed, "steps": steps, "batch": batch, "learning_rate": learning_rate, "noise": noise,
             "mask_names": mask_names, "data": hashlib.sha256(shown.encode()).hexdigest()}
 
