@@ -120,7 +120,8 @@ def embedded_policy(run, cfg, device):
     """(model, tokenizer): the start that comes with the repository where it is the one that is asked for."""
     options = {"noise": run.noise, "mask_names": run.mask_names}
     if run.warm_start_steps < 0 and policy.is_shipped(seed=cfg.seed, **options):
-        print(f"The warm-started policy comes with the repository ({policy.START.relative_to(Path(__file__).parent)}); "
+        folder = policy.START.relative_to(Path(__file__).parent)
+        print(f"The warm-started policy comes with the repository ({folder}); "
               "--warm-start-steps N trains one.")
         return policy.read_start()
     steps = run.warm_start_steps if run.warm_start_steps >= 0 else policy.WARM_START_STEPS
@@ -431,7 +432,8 @@ def episode_of(learner, batch, weight):
 
 
 def show_step(learner, batch, weight):
-    print("\nAn episode of the last step, by region, with token weights:\n" + episode_of(learner, batch, weight))
+    print("\nAn episode of the last step, by region, with token weights:")
+    print(episode_of(learner, batch, weight))
 
 
 def show_time(folder, clock, start, total, began):

@@ -66,8 +66,8 @@ def build_tokenizer(texts, vocab_size=1536):
 def model_config(vocab_size):
     return Qwen3Config(
         vocab_size=vocab_size, hidden_size=160, intermediate_size=448, num_hidden_layers=3,
-        num_attention_heads=5,
-        num_key_value_heads=5, head_dim=32, max_position_embeddings=2048, tie_word_embeddings=True,
+        num_attention_heads=5, num_key_value_heads=5, head_dim=32,
+        max_position_embeddings=2048, tie_word_embeddings=True,
         initializer_range=0.06, bos_token_id=None, eos_token_id=2, pad_token_id=0)
 
 
@@ -82,7 +82,8 @@ def noisy_demonstration(row, rng, noise):
 
     Each with probability `noise`: a thought left open or left out, broken JSON, a response beside
     calls. Each with a third of that: a wrong tool, a wrong or missing argument, a missing call."""
-    calls, demo = [dict(c) for c in row["gold"][0]], row["demo"][0]
+    calls = [dict(call) for call in row["gold"][0]]
+    demo = row["demo"][0]
     for call in calls:
         call["arguments"] = dict(call["arguments"])
         if row["tools"] and rng.random() < noise / 3:
@@ -130,7 +131,8 @@ def looking_up(tokenizer, rng, questions=12):
         answer = rng.choice(tasks.USE if there else tasks.NO_TOOL) + "\n"
         for text, trained in ((question, False), (answer, True)):
             piece = tokenizer(text, add_special_tokens=False)["input_ids"]
-            ids, mask = ids + piece, mask + [trained] * len(piece)
+            ids = ids + piece
+            mask = mask + [trained] * len(piece)
     return ids, mask
 
 
@@ -336,7 +338,8 @@ def load_model(path, dtype=torch.float32, gradient_checkpointing=False, lora_ran
 
 def read_model(path, dtype):
     """(model, tokenizer) as they lie in a folder, on the hub, or in a .gguf file."""
-    kwargs, quantization = {}, {}
+    kwargs = {}
+    quantization = {}
     if path.endswith(".gguf"):
         file = Path(path)
         if not file.is_file():

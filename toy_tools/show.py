@@ -186,7 +186,8 @@ def seeds(folders, out, baseline="grpo"):
 
 
 def read_run(folder):
-    """A finished run: {folder, method, seed, settings, lines of the CSV, before and after: exact-call rates}."""
+    """A finished run: {folder, method, seed, settings, lines of the CSV, before and after: exact-call
+    rates}."""
     options = read(folder, "config.json", "it is not the folder of a run")
     run = {"folder": folder, "method": options["config"]["method"], "seed": options["config"]["seed"]}
     run["settings"] = options.get("run", {}) | options["config"]
