@@ -1,12 +1,15 @@
 """ResT's theory (lemmas 1-2, theorems 1-2 of the paper) and its fine print, checked by listing every outcome.
 
-A policy with V <= 5 words and T <= 4 steps can say only a few hundred things, so every expectation below is a finite
-sum in float64: no sampling, no error bars. Where the paper claims more than is true, the test asserts what is true.
+A policy with V <= 5 words and T <= 4 steps can say only a few hundred things, so every expectation
+below is a finite sum in float64: no sampling, no error bars. Where the paper claims more than is true,
+the test asserts what is true.
 
-z_t logits, p_t = softmax(z_t), s_t = e_{y_t} - p_t the score, J_t = d z_t / d theta, u_t = J_t^T s_t = d log p_t(y_t) /
-d theta, H_t entropy (nats), w_t token weight, A advantage, g = A sum_t w_t u_t the gradient of one trajectory,
-Var(g) = E||g||^2 - ||E g||^2.
-`pytest -s tests/test_theory.py` prints the numbers that the README quotes; they are pinned too, so neither can drift.
+z_t logits, p_t = softmax(z_t), s_t = e_{y_t} - p_t the score, J_t = d z_t / d theta, u_t = J_t^T s_t =
+d log p_t(y_t) / d theta, H_t entropy (nats), w_t token weight, A advantage, g = A sum_t w_t u_t the
+gradient of one trajectory, Var(g) = E||g||^2 - ||E g||^2.
+
+`pytest -s tests/test_theory.py` prints the numbers that the README quotes; they are pinned too, so
+neither can drift.
 """
 
 import itertools
@@ -39,9 +42,11 @@ def report(name, values, pinned):
 class Policy:
     """A policy whose N sequences (T steps, V words) are all listed; S prefixes, D parameters.
 
-    kind: "tabular" (own logits for every prefix, so ||J_t||_F^2 = V) or "recurrent" (a tanh RNN of width 3, parameters
-    shared by all prefixes). end: the word that ends a sequence; None: fixed length. sharp: scale of the random logits.
-    p [S, V], H [S], J [S, V, D]; prob [N]; state (index of the prefix), token, alive [N, T]; u [N, T, D]."""
+    kind: "tabular" (own logits for every prefix, so ||J_t||_F^2 = V) or "recurrent" (a tanh RNN of
+    width 3, parameters shared by all prefixes). end: the word that ends a sequence; None: fixed length.
+    sharp: scale of the random logits.
+    p [S, V], H [S], J [S, V, D]; prob [N]; state (index of the prefix), token, alive [N, T];
+    u [N, T, D]."""
 
     def __init__(self, kind="recurrent", V=4, T=3, end=None, sharp=1.0, seed=0, theta=None):
         self.V, self.T, draw = V, T, np.random.RandomState(seed).randn  # numpy promises never to change this stream
@@ -84,12 +89,14 @@ class Policy:
         return self.H[self.state] * self.alive
 
     def beta(self, w=1.0):
-        """E[ w_t^2 ||J_t||_F^2 (1 - exp(-H_t)) ], [T]; w scalar, [T] or [N, T]. Their sum times E[A^2] is the bound."""
+        """E[ w_t^2 ||J_t||_F^2 (1 - exp(-H_t)) ], [T]; w scalar, [T] or [N, T]. Their sum times E[A^2]
+        is the bound."""
         return self.mean(w ** 2 * (self.J.pow(2).sum((1, 2)) * (1 - torch.exp(-self.H)))[self.state] * self.alive)
 
     def reward(self, kind, rng, places=None):
-        """[N]: match with a gold sequence at `places` (default all): "exact" all or nothing, "partial" the share of
-        hits. Gold is drawn from the policy itself, as after a warm start: a task that it sometimes solves."""
+        """[N]: match with a gold sequence at `places` (default all): "exact" all or nothing, "partial"
+        the share of hits. Gold is drawn from the policy itself, as after a warm start: a task that it
+        sometimes solves."""
         gold = self.sequences[rng.choice(len(self.prob), p=(self.prob / self.prob.sum()).numpy())]
         hits = [[y[t:t + 1] == gold[t:t + 1] for t in places or range(self.T)] for y in self.sequences]
         return torch.tensor([float(all(h)) if kind == "exact" else sum(h) / len(h) for h in hits])
@@ -133,7 +140,8 @@ def proxies(H):
 
 
 def of_prefix(policy):
-    """A weight [N, T] that depends on y_<t only: the proxy of the very distribution the token is sampled from."""
+    """A weight [N, T] that depends on y_<t only: the proxy of the very distribution the token is
+    sampled from."""
     return 1 / (1 - torch.exp(-policy.H[policy.state].clamp(min=0.05)))
 
 
@@ -152,9 +160,11 @@ def ensemble(kind, sharp, n, shortest=1):
 
 @pytest.mark.parametrize("spec", SMALL, ids=str)
 def test_enumeration_agrees_with_autograd(spec):
-    """Claim: u = sum_t J_t^T (e_{y_t} - p_t) is the gradient of log p(y), E u = 0, E[r u] is the gradient of J = E[r].
+    """Claim: u = sum_t J_t^T (e_{y_t} - p_t) is the gradient of log p(y), E u = 0, E[r u] is the
+    gradient of J = E[r].
 
-    Autograd differentiates sequence probabilities and never sees a score or a Jacobian: this guards the rest."""
+    Autograd differentiates sequence probabilities and never sees a score or a Jacobian: this guards the
+    rest."""
     policy = Policy(*spec)
     reward, u = torch.tensor(np.random.RandomState(9).randn(len(policy.prob))), policy.u.sum(1)
     d_prob = torch.func.jacrev(lambda theta: policy.logits(theta).softmax(-1)[policy.state, policy.token].where(
@@ -166,9 +176,11 @@ def test_enumeration_agrees_with_autograd(spec):
 
 
 def test_entropy_against_closed_forms():
-    """Claim: H is in nats, from 0 (one word) to log V (uniform); a sequence's entropy is E[sum_t H_t], end or not.
+    """Claim: H is in nats, from 0 (one word) to log V (uniform); a sequence's entropy is E[sum_t H_t],
+    end or not.
 
-    Closed forms: uniform on k of V words, two words, truncated geometric p_v ~ q^v. rest.py must read the same."""
+    Closed forms: uniform on k of V words, two words, truncated geometric p_v ~ q^v. rest.py must read
+    the same."""
     V, q = 5, 0.4
     geometric, mean_v = q ** torch.arange(V) * (1 - q) / (1 - q ** V), q / (1 - q) - V * q ** V / (1 - q ** V)
     cases = [(torch.full((V,), 1 / V), math.log(V)), (torch.eye(V)[2], 0.0),
@@ -187,10 +199,11 @@ def test_entropy_against_closed_forms():
 
 
 def test_lemma_2_score_norm_and_entropy():
-    """Claim (Lemma 2): E||s||^2 = 1 - sum p^2 <= 1 - exp(-H). No assumption; equality iff p is uniform on its support.
+    """Claim (Lemma 2): E||s||^2 = 1 - sum p^2 <= 1 - exp(-H). No assumption; equality iff p is uniform
+    on its support.
 
-    The numbers: the share of the bound that is real. It gets arbitrarily loose where entropy is low, just where the
-    proxies put their weight: the score there is smaller still than 1 - exp(-H) says."""
+    The numbers: the share of the bound that is real. It gets arbitrarily loose where entropy is low,
+    just where the proxies put their weight: the score there is smaller still than 1 - exp(-H) says."""
     def norm_and_bound(p):
         norm = float(p @ (torch.eye(len(p)) - p).pow(2).sum(1))
         assert norm == pytest.approx(float(1 - p @ p), rel=1e-9, abs=1e-14)
@@ -213,7 +226,8 @@ def test_lemma_2_score_norm_and_entropy():
 @pytest.mark.parametrize("G", [2, 3])
 @pytest.mark.parametrize("kind", ["tabular", "recurrent"])
 def test_lemma_1_independent_trajectories(kind, G):
-    """Claim (Lemma 1): a mean of G gradients has Var(single)/G. Assumption: independent terms, A_i of y_i alone."""
+    """Claim (Lemma 1): a mean of G gradients has Var(single)/G. Assumption: independent terms, A_i of
+    y_i alone."""
     policy = Policy(kind, V=3, T=3, end=0)
     g = policy.gradient(policy.reward("partial", np.random.RandomState(0)))
     member, prob = policy.groups(G)
@@ -224,9 +238,10 @@ def test_lemma_1_independent_trajectories(kind, G):
 def test_lemma_1_fails_under_group_advantages(by_std, pinned):
     """Claim: group-normalised advantages make the G terms dependent, and Lemma 1 false.
 
-    The numbers: G Var(mean) / Var(single), 1 by Lemma 1, for an all-or-nothing reward and all 225 to 50,625 groups of
-    2, 3, 4; "single" is one member's A_1 u_1 inside such a group. Above 1: averaging helps less than 1/G. At G = 2 with
-    division by the std the covariance of the two terms is exactly ||E g||^2."""
+    The numbers: G Var(mean) / Var(single), 1 by Lemma 1, for an all-or-nothing reward and all 225 to
+    50,625 groups of 2, 3, 4; "single" is one member's A_1 u_1 inside such a group. Above 1: averaging
+    helps less than 1/G. At G = 2 with division by the std the covariance of the two terms is exactly
+    ||E g||^2."""
     policy = Policy("recurrent", V=3, T=3, end=0)
     reward, u, ratios = policy.reward("exact", np.random.RandomState(0)), policy.u.sum(1), []
     for G in (2, 3, 4):
@@ -240,10 +255,11 @@ def test_lemma_1_fails_under_group_advantages(by_std, pinned):
 
 @pytest.mark.parametrize("spec", SMALL, ids=str)
 def test_theorem_1_under_its_assumption(spec):
-    """Claim (Theorem 1): Var(g) <= E[A^2] sum_t E[w_t^2 ||J_t||_F^2 (1 - exp(-H_t))]. Assumption: A is independent of
-    the tokens; w_t is deterministic or depends on y_<t only.
+    """Claim (Theorem 1): Var(g) <= E[A^2] sum_t E[w_t^2 ||J_t||_F^2 (1 - exp(-H_t))]. Assumption: A is
+    independent of the tokens; w_t is deterministic or depends on y_<t only.
 
-    Then E g = 0, so it bounds pure noise; steps are uncorrelated: Var(g) = E[A^2] sum_t E[w_t^2 ||u_t||^2] exactly."""
+    Then E g = 0, so it bounds pure noise; steps are uncorrelated: Var(g) = E[A^2] sum_t E[w_t^2
+    ||u_t||^2] exactly."""
     policy = Policy(*spec)
     A, A_prob = torch.tensor([-1.0, 0.5, 3.0]), torch.tensor([0.5, 0.3, 0.2])  # E[A] = 0.25, whatever was sampled
     for w in (torch.ones(policy.T), torch.tensor(np.random.RandomState(5).rand(policy.T)), of_prefix(policy)):
@@ -258,8 +274,9 @@ def test_theorem_1_under_its_assumption(spec):
 def test_theorem_1_counterexample():
     """Claim: the bound is false once A depends on what was sampled, already at T = 1 with J = I.
 
-    p = (.99, .01), A = 1 on the rare token, else 0. The numbers: Var(g), bound. A weight that depends on the sampled
-    token (a region's label) breaks it likewise with A = 1 throughout, as w and A enter g as a product."""
+    p = (.99, .01), A = 1 on the rare token, else 0. The numbers: Var(g), bound. A weight that depends
+    on the sampled token (a region's label) breaks it likewise with A = 1 throughout, as w and A enter g
+    as a product."""
     policy, rare = Policy("tabular", V=2, T=1, theta=torch.tensor([0.99, 0.01]).log()), torch.tensor([0.0, 1.0])
     var = moments(policy.prob, policy.gradient(rare))[1]
     bound = float(policy.mean(rare ** 2) * policy.beta().sum())
@@ -273,11 +290,13 @@ def test_theorem_1_counterexample():
     ("tabular", 1, [.822, .055, 2.06]), ("tabular", 2, [.561, .175, 26.5]), ("tabular", 4, [.315, .39, 7280]),
     ("recurrent", 1, [.86, .035, 4.28]), ("recurrent", 2, [.622, .16, 57.1]), ("recurrent", 4, [.357, .33, 30600])])
 def test_theorem_1_with_rewards(kind, sharp, pinned):
-    """Claim examined: does the bound hold for GRPO's advantages? Dropped: the independence of A from the tokens.
+    """Claim examined: does the bound hold for GRPO's advantages? Dropped: the independence of A from
+    the tokens.
 
-    200 random policies, w = 1, A = standardised exact-match reward (E[A^2] = 1). The numbers: mean entropy per token
-    (nats), share of policies with Var(g) above the bound, largest Var(g)/bound. The surer the policy, the worse: A is
-    large exactly when the improbable token with its large score came."""
+    200 random policies, w = 1, A = standardised exact-match reward (E[A^2] = 1). The numbers: mean
+    entropy per token (nats), share of policies with Var(g) above the bound, largest Var(g)/bound. The
+    surer the policy, the worse: A is large exactly when the improbable token with its large score
+    came."""
     ratio, entropy = [], []
     for policy, rng in ensemble(kind, sharp, 200):
         g = policy.gradient(policy.standardise(policy.reward("exact", rng)))
@@ -290,11 +309,12 @@ def test_theorem_1_with_rewards(kind, sharp, pinned):
 # ------------------------------------------------------------------------------------------ Theorem 2: the best weights
 
 def test_theorem_2_closed_form_is_the_minimiser():
-    """Claim (Theorem 2): among weights of sum T, sum_t beta_t w_t^2 is least at w_t* = T (1/beta_t) / sum_u (1/beta_u).
-    Assumption: T fixed, beta_t > 0.
+    """Claim (Theorem 2): among weights of sum T, sum_t beta_t w_t^2 is least at w_t* = T (1/beta_t) /
+    sum_u (1/beta_u). Assumption: T fixed, beta_t > 0.
 
-    Against projected gradient descent, which knows no closed form, and random feasible steps. The least value is T^2 /
-    sum_u (1/beta_u): the gain over uniform weights is the harmonic over the arithmetic mean of beta."""
+    Against projected gradient descent, which knows no closed form, and random feasible steps. The least
+    value is T^2 / sum_u (1/beta_u): the gain over uniform weights is the harmonic over the arithmetic
+    mean of beta."""
     rng = np.random.RandomState(0)
     betas = [torch.tensor(rng.uniform(0.05, 1.0, T)) for T in (2, 3, 4) for _ in range(10)]
     betas += [policy.beta() for kind in ("tabular", "recurrent") for policy, _ in ensemble(kind, 1.0, 10, shortest=2)]
@@ -313,11 +333,13 @@ def test_theorem_2_closed_form_is_the_minimiser():
     ("tabular", [[.987, .936, .0496, 1], [.983, .943, .0386, 1]]),
     ("recurrent", [[.673, .974, .0327, 1.48], [.637, .977, .0192, 1.6]])])
 def test_theorem_2_proxies_on_the_bound(kind, pinned):
-    """Claim examined: do the entropy proxies lower the bound? bound(w*) <= bound(proxy), bound(uniform) is asserted.
+    """Claim examined: do the entropy proxies lower the bound? bound(w*) <= bound(proxy), bound(uniform)
+    is asserted.
 
-    300 random policies (T 2-4, three sharpnesses), regions are positions, H_t the position's mean entropy. The numbers:
-    share of policies in which the proxy beats uniform weights; median, least, greatest bound(proxy)/bound(uniform).
-    Tabular policies have the same ||J_t|| at every step; shared parameters do not, and the proxies cannot see it."""
+    300 random policies (T 2-4, three sharpnesses), regions are positions, H_t the position's mean
+    entropy. The numbers: share of policies in which the proxy beats uniform weights; median, least,
+    greatest bound(proxy)/bound(uniform). Tabular policies have the same ||J_t|| at every step; shared
+    parameters do not, and the proxies cannot see it."""
     ratios = []
     for policy, _ in itertools.chain(*(ensemble(kind, sharp, 100, shortest=2) for sharp in (1, 2, 4))):
         beta = policy.beta()
@@ -340,13 +362,14 @@ def test_theorem_2_proxies_on_the_bound(kind, pinned):
     ("recurrent", "exact", "surer half", [.643, .887, .887, .92, .913, .885]),
     ("recurrent", "exact", "less sure half", [.283, .0133, .0133, 1.32, 1.23, 1.37])])
 def test_theorem_2_proxies_on_the_true_noise(kind, kind_of_reward, places, pinned):
-    """Claim examined: do entropy weights make the real gradient less noisy, that is lower Var(g)/||E g||^2 (which a
-    mere rescaling of the weights leaves alone) under rewards that depend on the tokens?
+    """Claim examined: do entropy weights make the real gradient less noisy, that is lower Var(g)/||E
+    g||^2 (which a mere rescaling of the weights leaves alone) under rewards that depend on the tokens?
 
-    The same 300 policies. The numbers, each for w*, 1/(1-exp(-H)), 1/H: share of policies in which these weights beat
-    uniform ones; median of noise(weights)/noise(uniform). It depends on where the reward looks. If it hangs on the
-    low-entropy ("surer") half of the positions alone, entropy weights help; if on all or on the high-entropy half, they
-    suppress signal with the noise and hurt, as does w* with the true beta: the bound knows nothing of the signal."""
+    The same 300 policies. The numbers, each for w*, 1/(1-exp(-H)), 1/H: share of policies in which
+    these weights beat uniform ones; median of noise(weights)/noise(uniform). It depends on where the
+    reward looks. If it hangs on the low-entropy ("surer") half of the positions alone, entropy weights
+    help; if on all or on the high-entropy half, they suppress signal with the noise and hurt, as does
+    w* with the true beta: the bound knows nothing of the signal."""
     ratios = []
     for policy, rng in itertools.chain(*(ensemble(kind, sharp, 100, shortest=2) for sharp in (1, 2, 4))):
         H, half = policy.mean(policy.entropies()), policy.T // 2
@@ -371,7 +394,8 @@ REGION = torch.tensor([rest.TAG, rest.NAME, rest.PARAMS, rest.THOUGHT])  # of th
 
 
 def talkers(n=50):
-    """n policies with 40 sequences of 1 to 3 words, each with the standardised partial-credit reward of a task."""
+    """n policies with 40 sequences of 1 to 3 words, each with the standardised partial-credit reward of
+    a task."""
     for seed in range(n):
         policy = Policy("recurrent", V=4, T=3, end=0, sharp=2.0, seed=seed)
         yield policy, policy.standardise(policy.reward("partial", np.random.RandomState(1000 + seed)))
@@ -386,7 +410,8 @@ def of_region(policy):
 
 @pytest.mark.parametrize("spec", SMALL, ids=str)
 def test_baselines_that_know_only_the_past_are_free(spec):
-    """Claim: E[w_t u_t b_t] = 0 at every t, for a weight and a baseline that both depend on the prefix y_<t alone."""
+    """Claim: E[w_t u_t b_t] = 0 at every t, for a weight and a baseline that both depend on the prefix
+    y_<t alone."""
     policy = Policy(*spec)
     baseline = torch.tensor(np.random.RandomState(2).randn(len(policy.H)))[policy.state]  # (N, T)
     terms = (of_prefix(policy) * baseline)[..., None] * policy.u
@@ -402,12 +427,14 @@ def test_baselines_that_know_only_the_past_are_free(spec):
     ("weights by the prefix's entropy, then mean 1 per completion",
      lambda policy: rest.normalise_weights(of_prefix(policy), policy.alive), [.0375, .188, 2.3, 15.3])])
 def test_weights_that_know_the_sampled_token_leak(name, weigh, pinned):
-    """Claim: E[sum_t w_t u_t] = 0, so that a constant baseline is free, if w_t depends on y_<t only (first three), but
-    not if it depends on tokens sampled at t or later: the sampled token's region, the 1/T_i of plain GRPO, normalisers.
+    """Claim: E[sum_t w_t u_t] = 0, so that a constant baseline is free, if w_t depends on y_<t only
+    (first three), but not if it depends on tokens sampled at t or later: the sampled token's region,
+    the 1/T_i of plain GRPO, normalisers.
 
-    leak = ||E[sum w u]|| / ||E[A sum w u]||: how far a baseline of one std of the reward moves the expected gradient,
-    in lengths of that gradient. angle: degrees from E[A sum w u] to grad J, above 0 for all unequal weights. The
-    numbers: median and largest of both over 50 policies. At T = 1 the leak E[w s] is p (w - E w)."""
+    leak = ||E[sum w u]|| / ||E[A sum w u]||: how far a baseline of one std of the reward moves the
+    expected gradient, in lengths of that gradient. angle: degrees from E[A sum w u] to grad J, above 0
+    for all unequal weights. The numbers: median and largest of both over 50 policies. At T = 1 the leak
+    E[w s] is p (w - E w)."""
     p, w, found = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([1.0, 2.0, 0.5]), []
     close(p @ (w[:, None] * (torch.eye(3) - p)), p * (w - p @ w), rtol=1e-14, atol=1e-16)
     for policy, A in talkers():
@@ -418,10 +445,12 @@ def test_weights_that_know_the_sampled_token_leak(name, weigh, pinned):
 
 
 def test_batch_entropies_leak_less_in_larger_batches():
-    """Claim: weights read off the batch's own entropies leak too: a token decides which later prefixes, and so which
-    entropies, are averaged. Isolated: one region, w = 1/(1-exp(-mean H)), one number per batch.
+    """Claim: weights read off the batch's own entropies leak too: a token decides which later prefixes,
+    and so which entropies, are averaged. Isolated: one region, w = 1/(1-exp(-mean H)), one number per
+    batch.
 
-    The numbers: median leak over 20 policies in batches of 1, 2, 3 completions (up to 64,000, all listed); it fades."""
+    The numbers: median leak over 20 policies in batches of 1, 2, 3 completions (up to 64,000, all
+    listed); it fades."""
     leaks = []
     for policy, A in talkers(20):
         H, length, u = policy.entropies().sum(1), policy.alive.sum(1), policy.u.sum(1)
@@ -435,9 +464,10 @@ def test_batch_entropies_leak_less_in_larger_batches():
 
 
 def test_group_mean_with_ones_own_reward_scales_by_one_minus_one_over_g():
-    """Claim: subtracting a group mean that contains one's own reward multiplies the expected gradient (of the centred
-    reward) by exactly 1 - 1/G, for any weights that depend on the completion alone. Dividing by the std as well keeps
-    the direction for all-or-nothing rewards on one prompt and bends it for graded ones: the numbers are the angles."""
+    """Claim: subtracting a group mean that contains one's own reward multiplies the expected gradient
+    (of the centred reward) by exactly 1 - 1/G, for any weights that depend on the completion alone.
+    Dividing by the std as well keeps the direction for all-or-nothing rewards on one prompt and bends
+    it for graded ones: the numbers are the angles."""
     policy, rng = Policy("recurrent", V=3, T=3, end=0, sharp=2.0), np.random.RandomState(0)
     exact, graded = policy.reward("exact", rng), policy.reward("partial", rng) + policy.alive.sum(1)
     by_token = torch.tensor([0.5, 1.0, 2.0])[policy.token]
@@ -459,15 +489,17 @@ def test_group_mean_with_ones_own_reward_scales_by_one_minus_one_over_g():
 # ----------------------------------------------------------------------------------------------- rewards and advantages
 
 def random_rewards(progress, format_varies=True):
-    """Rewards [2000, 8] of random groups: format 0 or 1, correctness in quarters; the same for every progress."""
+    """Rewards [2000, 8] of random groups: format 0 or 1, correctness in quarters; the same for every
+    progress."""
     rng = np.random.RandomState(4)
     form, correct = rng.randint(0, 2, 16000) if format_varies else np.ones(16000), rng.randint(0, 5, 16000) / 4
     return torch.tensor([rest.episode_reward(f, c, progress) for f, c in zip(form, correct)]).view(2000, 8)
 
 
 def test_rescaling_the_whole_reward_changes_nothing():
-    """Claim: c r + d, c > 0, has the same std-normalised advantages. Assumption: delta = 0. So the paper's factor on
-    the whole reward does nothing, until delta matters (the number). Dr. GRPO ignores d; its advantages scale with c."""
+    """Claim: c r + d, c > 0, has the same std-normalised advantages. Assumption: delta = 0. So the
+    paper's factor on the whole reward does nothing, until delta matters (the number). Dr. GRPO ignores
+    d; its advantages scale with c."""
     r = random_rewards(0.5)
     for c, d in ((2.0, 0.0), (0.01, 0.0), (1.0, -5.0), (7.0, 3.0)):
         for by_std, factor in ((True, 1.0), (False, c)):
@@ -479,9 +511,10 @@ def test_rescaling_the_whole_reward_changes_nothing():
 
 
 def test_rescaling_the_parts_changes_the_advantages():
-    """Claim: the dynamic schedule acts through the *relative* scale of format and correctness, and only through it:
-    with one part constant it changes nothing. The numbers: range of correctness over range of format; then how many
-    completions of random groups of 8 have an advantage of another sign at progress 1 than at 0."""
+    """Claim: the dynamic schedule acts through the *relative* scale of format and correctness, and only
+    through it: with one part constant it changes nothing. The numbers: range of correctness over range
+    of format; then how many completions of random groups of 8 have an advantage of another sign at
+    progress 1 than at 0."""
     def ratio(progress, scaling):
         low, form, correct = (rest.episode_reward(*fc, progress, scaling) for fc in ((0, 0), (1, 0), (0, 1)))
         return (correct - low) / (form - low)
@@ -497,7 +530,8 @@ def test_rescaling_the_parts_changes_the_advantages():
 # ---------------------------------------------------------------------------- rest.py's pure functions on the equations
 
 def test_group_advantages_by_hand():
-    """(r - mean)/(unbiased std + delta); equal rewards give exactly 0, even 12 times 0.3, where floats do not."""
+    """(r - mean)/(unbiased std + delta); equal rewards give exactly 0, even 12 times 0.3, where floats
+    do not."""
     r, std = torch.tensor([[1.0, 2.0, 6.0], [0.3, 0.3, 0.3]]), math.sqrt((2 ** 2 + 1 ** 2 + 3 ** 2) / 2)
     before, expected = r.clone(), torch.tensor([[-2.0, -1.0, 3.0], [0.0, 0.0, 0.0]])
     close(rest.group_advantages(r, delta=0.1), expected / (std + 0.1), rtol=1e-13, atol=0)
@@ -508,8 +542,9 @@ def test_group_advantages_by_hand():
 
 
 def test_proxy_then_curriculum_then_mean_one():
-    """raw_weights is Theorem 2's proxy, clamped, so finite at H = 0; curriculum moves format down to weight_min,
-    parameters and thought up to weight_max; normalise_weights has mean 1 per completion, 0 without weights."""
+    """raw_weights is Theorem 2's proxy, clamped, so finite at H = 0; curriculum moves format down to
+    weight_min, parameters and thought up to weight_max; normalise_weights has mean 1 per completion, 0
+    without weights."""
     H = torch.tensor([0.0, 0.0, 0.2, 0.4, 1.1, 2.0])
     for kind, expected in zip(("one-minus-exp", "inverse"), proxies(H)):
         close(mean_one(rest.raw_weights(H, kind)), expected, rtol=1e-13, atol=0)
