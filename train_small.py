@@ -27,7 +27,7 @@ from toy_tools.chat import INSTRUCTIONS, TemplateChat
 from toy_tools.data import load_rows
 from toy_tools.options import FREE, check, flag, read_options, supervised
 
-# ---------------------------------------------------------------------------------- the stages of a run
+# ------------------------------------------------------------------------------ the stages of a run
 
 @dataclass
 class Learner:
@@ -478,7 +478,7 @@ def explain_sample(run, cfg, device):
     print(explain.explain(learner.engine, learner.chat, row, cfg, paint))
 
 
-# ---------------------------------------------------------------------------------- evaluation alone
+# --------------------------------------------------------------------------------- evaluation alone
 
 def evaluate_only(run, cfg, device):
     """Benchmarks (greedy) or held-out rows (sampled), for the run --name, --model, or the embedded policy."""

@@ -178,7 +178,7 @@ def close(a, b, tolerance=2e-5):
     return float((a.double() - b.double()).norm() / b.double().norm()) < tolerance
 
 
-# ----------------------------------------------------------------------------------------------------- against the equations
+# ---------------------------------------------------------------------------- against the equations
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("method", rest.WEIGHTS)
@@ -350,7 +350,7 @@ def test_surprising_batches_stay_finite():
                 assert weight.isfinite().all() and loss.isfinite()
 
 
-# ------------------------------------------------------------------------------------------------- which positions are trained
+# ---------------------------------------------------------------------- which positions are trained
 
 @pytest.fixture
 def trained():
@@ -431,7 +431,7 @@ def test_logps_equal_the_reference(name, engine):
         assert torch.allclose(mine, expected, atol=1e-4) and not torch.allclose(mine[1:], expected[:-1], atol=1e-2)
 
 
-# --------------------------------------------------------------------------------------- what the gradient must not depend on
+# ------------------------------------------------------------- what the gradient must not depend on
 
 def random_lengths(g, prompts=12, group=4):
     length = torch.randint(1, 160, (prompts * group,), generator=g)
@@ -536,7 +536,7 @@ def test_chunked_logps_equal_whole_ones():
     assert torch.allclose(results[0][0], log_p.gather(1, y[:, None])[:, 0], atol=1e-5)
 
 
-# --------------------------------------------------------------------------------------------------------- update and metrics
+# ------------------------------------------------------------------------------- update and metrics
 
 class Unigram(torch.nn.Module):
     """A policy with the same logits everywhere, which can be enumerated."""
@@ -624,7 +624,7 @@ def test_a_batch_without_signal_changes_nothing():
     assert metrics["loss"] == metrics["grad_norm"] == metrics["skipped_updates"] == 0
 
 
-# ------------------------------------------------------------------------------------------------------------------------ TRL
+# ---------------------------------------------------------------------------------------------- TRL
 
 @pytest.mark.parametrize("loss_type, aggregation", [("grpo", "sequence"), ("bnpo", "token"), ("dapo", "token"), ("dr_grpo", "constant")])
 def test_uniform_weights_equal_trl(loss_type, aggregation, tmp_path):

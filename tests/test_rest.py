@@ -14,7 +14,7 @@ import rest
 from rest import NAME, PARAMS, SCAFFOLD, TAG, TEXT, THOUGHT, Call, MalformedCall
 
 
-# ------------------------------------------------------------------------------------------------------------------ configuration
+# ------------------------------------------------------------------------------------ configuration
 
 @pytest.mark.parametrize("bad, word", [
     ({"method": "ppo"}, "method must be one of rest, "), ({"group": 1}, "at least 2"), ({"top_entropy_fraction": 1.5}, "in .0, 1."),
@@ -30,7 +30,7 @@ def test_dr_grpo_changes_the_aggregation_only_when_none_was_asked_for():
     assert rest.Config(method="dr-grpo", aggregation="token").aggregation == "token"
 
 
-# ------------------------------------------------------------------------------------------------------------------------ parsing
+# ------------------------------------------------------------------------------------------ parsing
 
 def call_text(*calls, key="arguments"):
     return "<tool_call>\n" + "\n".join(json.dumps({"name": c.name, key: c.arguments}) for c in calls) + "\n</tool_call>"
@@ -107,7 +107,7 @@ def test_any_text_is_parsed_and_labelled():
         assert len(regions) == 5 and all(found and len(set(found)) == len(found) for found in regions)
 
 
-# --------------------------------------------------------------------------------------------------------------- schema, executor
+# --------------------------------------------------------------------------------- schema, executor
 
 def run(name, function, arguments, **kwargs):
     texts, _, _ = rest.execute([Call(name, arguments)], {name: function}, **kwargs)
@@ -194,7 +194,7 @@ def test_hostile_calls_through_the_real_tools_cost_milliseconds(tmp_path, monkey
     assert all(r.startswith("error") for c, r in zip(calls, results) if c.name == "calculator")
 
 
-# ------------------------------------------------------------------------------------------------------------------------ regions
+# ------------------------------------------------------------------------------------------ regions
 
 def spans(text):
     """The text cut into runs of one region: [(region, text)]."""
@@ -267,7 +267,7 @@ def test_retokenising_would_shift_labels_where_sampled_ids_do_not(tokenizer):
     assert len(re_encoded) != len(byte_ids)  # the broken variant: labels of other tokens, in other places
 
 
-# ------------------------------------------------------------------------------------------------------------------------- reward
+# ------------------------------------------------------------------------------------------- reward
 
 def test_same_value():
     assert rest.same_value(1, 1.0) and rest.same_value({"a": [1, None]}, {"a": [1.0, None]})
@@ -343,7 +343,7 @@ def test_episode_scores():
     assert rest.score_texts([CALL + "<response>x</response>"], {**ROW, "blocks": [["think", "tool_call", "response"]]})[2] is True
 
 
-# ----------------------------------------------------------------------------------------------------------------- plain chat
+# --------------------------------------------------------------------------------------- plain chat
 
 def test_a_thought_opened_by_the_template_is_forced_not_prompt(tokenizer):
     opened = copy.deepcopy(tokenizer)

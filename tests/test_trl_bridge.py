@@ -224,7 +224,7 @@ def test_an_evaluation_before_training_is_at_progress_0(at_step_4):
     assert torch.allclose(out["advantages"], rolled_out().advantages[:, None] * weights("rest", 0), atol=2e-4)
 
 
-# ---------------------------------------------------------------------------------------------- data and reward
+# ---------------------------------------------------------------------------------- data and reward
 
 def test_rows_keep_their_shape(tmp_path):
     """JSONL rows whose arguments differ in kind come back from the data set as they were; prompts hold
@@ -323,7 +323,7 @@ def test_trl_stops_where_the_chat_says_a_turn_ends(tmp_path, known):
     assert set(trainer.generation_config.eos_token_id) == chat.end_ids
 
 
-# ------------------------------------------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------------------------- what is refused
 
 def test_what_cannot_be_right_is_refused_in_a_sentence(tmp_path):
     """Live dialogues, prompts that TRL would tokenise otherwise, unknown methods, Dr. GRPO by half."""
@@ -369,7 +369,7 @@ def load_again():
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
-# ----------------------------------------------------------------------------------------------------- real training
+# ------------------------------------------------------------------------------------ real training
 
 def one_step(folder, loss_type, method, world=1):
     """What one step of TRL's own loop makes of the global batch, in STEPS micro-batches: how far the weights

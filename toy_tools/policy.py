@@ -23,7 +23,7 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTr
 import rest
 from toy_tools import chat, fast, lora, schema, tasks, tools
 
-# -------------------------------------------------------------------------------- the embedded policy
+# ------------------------------------------------------------------------------ the embedded policy
 
 WARM_START_STEPS = 480
 START = Path(__file__).parent / "start"  # the warm-started policy of seed 0, which comes with the repository
