@@ -1,4 +1,5 @@
-"""Loaders of training data: both families of layouts, SWiRL decomposition, and malformed rows that are named."""
+"""Loaders of training data: both families of layouts, SWiRL decomposition, and malformed rows that are
+named."""
 
 import copy
 import json
@@ -58,7 +59,8 @@ def test_history_shows_demonstrations_whole(tmp_path):
 
 
 def test_decomposition_sees_exactly_the_history(tmp_path):
-    """Random dialogues of K turns give K samples; sample k's messages are sample k-1's, its gold turn, its results."""
+    """Random dialogues of K turns give K samples; sample k's messages are sample k-1's, its gold turn,
+    its results."""
     rng = random.Random(0)
     for trial in range(30):
         turns = [[{"name": "add", "arguments": {"a": rng.randrange(9), "b": i}} for i in range(rng.randint(1, 3))]
@@ -89,7 +91,8 @@ def test_all_rlla_layouts_give_the_same_row(tmp_path):
 
 
 def test_response_only_and_mixed_answers(tmp_path):
-    """The format reward asks for the blocks that the gold answer has; tags in thoughts are none, call blocks one."""
+    """The format reward asks for the blocks that the gold answer has; tags in thoughts are none, call
+    blocks one."""
     only, block = "<think>no <tool_call></think>\n<response>no</response>", TEXT[TEXT.index("<tool_call>"):]
     both = TEXT + "\n<response>wait</response>"
     texts = only, both, TEXT + block
@@ -109,7 +112,8 @@ def test_written_rows_come_back(tmp_path):
 
 
 def test_folder_through_datasets(tmp_path, monkeypatch):
-    """A folder goes through datasets.load_dataset, as a hub id does; nested columns stand there as JSON strings."""
+    """A folder goes through datasets.load_dataset, as a hub id does; nested columns stand there as JSON
+    strings."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     rows = [{**ROW, "demo": [{"think": str(i), "response": None}]} for i in range(3)]
@@ -185,7 +189,8 @@ def test_files_are_refused_in_words(tmp_path):
     ("test.parquet", [36, 23, 8, 3, 1], 9), ("test80.jsonl", [36, 23, 8, 3, 1], 9),
     ("rlla_sft.json", [187, 109, 33, 13, 4], 54), ("train399_placeholder_thoughts.jsonl", [186, 109, 33, 13, 4], 54)])
 def test_real_rows_and_the_reward_of_their_gold_answers(file, calls, responses):
-    """Every gold answer is exact and has the highest static reward: 4 with calls, 1 (for the format) without."""
+    """Every gold answer is exact and has the highest static reward: 4 with calls, 1 (for the format)
+    without."""
     rows = load_rows(FOLDER / file)
     assert Counter(len(row["gold"][0]) for row in rows) == dict(enumerate([responses, *calls]))
     for row in rows:
@@ -195,7 +200,8 @@ def test_real_rows_and_the_reward_of_their_gold_answers(file, calls, responses):
 
 @real_data
 def test_thoughts_that_mention_tags_are_parsed_right():
-    """17 supervised answers mention tags in the thought; what stands behind </think>, read by other means, agrees."""
+    """17 supervised answers mention tags in the thought; what stands behind </think>, read by other
+    means, agrees."""
     rows = [row for row in load_rows(FOLDER / "rlla_sft.json")
             if re.search("<(tool_call|response)>", row["target"].split("</think>")[0])]
     assert len(rows) == 17

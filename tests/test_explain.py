@@ -27,8 +27,9 @@ def test_the_shares_of_all_tokens_are_the_loss(method, aggregation):
 
 
 def test_the_tables_show_what_was_computed(tokenizer):
-    """One right and one wrong completion: scores, advantages of opposite sign, all tokens of the one that is shown with
-    their region and weight, and the sum of its shares, -A/G for weights of mean 1."""
+    """One right and one wrong completion: scores, advantages of opposite sign, all tokens of the one
+    that is shown with their region and weight, and the sum of its shares, -A/G for weights of mean
+    1."""
     class Recorded(rest.Engine):  # a script has no forward for the update: its policy is as it was
         def logps(self, batch, rows, temperature):
             return batch.logp

@@ -1,5 +1,6 @@
-"""The gradient that rest.update feeds the optimiser, against a float64 implementation written from the equations with loops, one
-completion at a time; and what the loss must not depend on. Where a test pins a pitfall, the broken variant is shown to fail."""
+"""The gradient that rest.update feeds the optimiser, against a float64 implementation written from the
+equations with loops, one completion at a time; and what the loss must not depend on. Where a test pins
+a pitfall, the broken variant is shown to fail."""
 
 import copy
 import math
@@ -31,7 +32,8 @@ MODELS = {"qwen3: GQA, tied": lambda: qwen3(V), "qwen3: untied": lambda: qwen3(V
 
 
 class Recorder:
-    """An optimiser that keeps the gradient it is given and changes nothing (or, with rate, takes a plain SGD step)."""
+    """An optimiser that keeps the gradient it is given and changes nothing (or, with rate, takes a
+    plain SGD step)."""
     param_groups = []
 
     def __init__(self, model, rate=0.0):
@@ -49,9 +51,9 @@ class Recorder:
 
 
 def make_batch(model, seed=0, temperature=0.7, off_policy=0.3):
-    """(Rollout, advantages) of random tokens: ragged prompts and lengths, a forced stretch inside some rows, behaviour
-    logps off by up to `off_policy`, so that some ratios are clipped; with regions, two to a token. One group has
-    advantage 0."""
+    """(Rollout, advantages) of random tokens: ragged prompts and lengths, a forced stretch inside some
+    rows, behaviour logps off by up to `off_policy`, so that some ratios are clipped; with regions, two
+    to a token. One group has advantage 0."""
     g = torch.Generator().manual_seed(seed)
     prompts = [torch.randint(0, V, (n,), generator=g).tolist() for n in (5, 2, 7)]
     length = torch.randint(3, T + 1, (P * G,), generator=g)
@@ -86,7 +88,8 @@ def labelled(region, entropy=None):
 
 
 def reference_logp(model, prompt, tokens, temperature):
-    """logp [T] and probabilities [T, V] of tokens behind a prompt: one unpadded row, whole float64 softmax."""
+    """logp [T] and probabilities [T, V] of tokens behind a prompt: one unpadded row, whole float64
+    softmax."""
     ids = torch.tensor(prompt + tokens.tolist())[None]
     logits = model(input_ids=ids, use_cache=False).logits[0].double() / temperature
     log_p = torch.log_softmax(logits, -1)[len(prompt) - 1:-1]
@@ -175,13 +178,14 @@ def close(a, b, tolerance=2e-5):
     return float((a.double() - b.double()).norm() / b.double().norm()) < tolerance
 
 
-# ----------------------------------------------------------------------------------------------------- against the equations
+# ---------------------------------------------------------------------------- against the equations
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("method", rest.WEIGHTS)
 def test_gradient_and_loss_follow_the_equations(method, aggregation):
-    """Every method and aggregation, at progress 0.4: weights, loss and gradient of the real update equal the float64 reference (relative
-    error below 2e-5, float32 rounding), with ragged prompts, forced tokens, clipped ratios and T != 1."""
+    """Every method and aggregation, at progress 0.4: weights, loss and gradient of the real update
+    equal the float64 reference (relative error below 2e-5, float32 rounding), with ragged prompts,
+    forced tokens, clipped ratios and T != 1."""
     model, cfg = qwen3(V), config(method=method, aggregation=aggregation)
     batch, advantages = make_batch(model)
     weight = weigh(batch, cfg, 4)
@@ -197,7 +201,8 @@ def test_gradient_and_loss_follow_the_equations(method, aggregation):
 
 
 def test_weights_average_one_in_every_completion():
-    """Per-completion mean 1 over sampled tokens; over the positively weighted ones for rest-official; 0 outside."""
+    """Per-completion mean 1 over sampled tokens; over the positively weighted ones for rest-official; 0
+    outside."""
     for method in rest.WEIGHTS:
         batch, _ = make_batch(qwen3(V))
         weight = weigh(batch, config(method=method), 7)
@@ -209,7 +214,8 @@ def test_weights_average_one_in_every_completion():
 
 
 def test_the_curriculum_and_its_bounds():
-    """Format falls to w_min = 0.2 at most, parameters and thoughts rise to w_max = 5 at most, name and free text stay; the input is not written to."""
+    """Format falls to w_min = 0.2 at most, parameters and thoughts rise to w_max = 5 at most, name and
+    free text stay; the input is not written to."""
     start = torch.tensor([0.6, 0.9, 1.5, 4.8, 4.6, 0.7])  # tag, scaffold, name, params, thought, text
     for progress, end in ((0.0, [0.6, 0.9, 1.5, 4.8, 4.6, 0.7]), (0.2, [0.5, 0.8, 1.5, 4.9, 4.7, 0.7]), (1.0, [0.2, 0.4, 1.5, 5.0, 5.0, 0.7])):
         assert torch.allclose(rest.curriculum(start, progress, config()), torch.tensor(end))
@@ -243,7 +249,8 @@ def test_the_official_clock_stops():
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_equal_weights_are_grpo_bit_for_bit(aggregation):
-    """When all regions have the same entropy and there is no curriculum, rest's weights are exactly 1.0 and its gradient is grpo's, bit for bit."""
+    """When all regions have the same entropy and there is no curriculum, rest's weights are exactly 1.0
+    and its gradient is grpo's, bit for bit."""
     model = qwen3(V)
     batch, advantages = make_batch(model)
     batch.entropy = torch.where(batch.sampled, 0.75, 0.0)  # sums of 0.75 are exact
@@ -255,7 +262,8 @@ def test_equal_weights_are_grpo_bit_for_bit(aggregation):
 
 
 def test_on_policy_the_gradient_is_reinforce():
-    """logp_old = logp: the ratio is exactly 1, the loss is -sum scale w A, its gradient is that of -sum scale w A log p."""
+    """logp_old = logp: the ratio is exactly 1, the loss is -sum scale w A, its gradient is that of -sum
+    scale w A log p."""
     g = torch.Generator().manual_seed(0)
     logp, mask = torch.randn(6, 5, generator=g).requires_grad_(), torch.rand(6, 5, generator=g) > 0.3
     A, w, scale = torch.randn(6, generator=g), torch.rand(6, 5, generator=g), torch.rand(6, generator=g)
@@ -267,7 +275,8 @@ def test_on_policy_the_gradient_is_reinforce():
 
 @pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
 def test_with_the_samplers_logps_the_ratio_is_one(tokenizer, engine):
-    """Pitfall 5. Right after the rollout, at T = 0.7, the ratio is 1 within 1e-5; scored at T = 1 (the broken variant) it is not."""
+    """Pitfall 5. Right after the rollout, at T = 0.7, the ratio is 1 within 1e-5; scored at T = 1 (the
+    broken variant) it is not."""
     run = engine(qwen3())
     rows = [ROW, {**ROW, "tools": []}]
     batch = rest.rollout(run, rest.Chat(tokenizer), rows, config(max_completion_tokens=24), seed=1)
@@ -278,7 +287,8 @@ def test_with_the_samplers_logps_the_ratio_is_one(tokenizer, engine):
 
 
 def test_clipping_zeroes_exactly_the_right_tokens():
-    """Gradient is 0 where A > 0 and ratio > 1 + eps, or A < 0 and ratio < 1 - eps; everywhere else it is -scale w A ratio."""
+    """Gradient is 0 where A > 0 and ratio > 1 + eps, or A < 0 and ratio < 1 - eps; everywhere else it
+    is -scale w A ratio."""
     ratio = torch.tensor([0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 2.0]).repeat(2, 1)
     A, old = torch.tensor([1.5, -1.5]), torch.full((2, 7), -1.0)
     logp = (old + ratio.log()).requires_grad_()
@@ -307,7 +317,8 @@ def test_one_advantage_of_zero_does_not_drop_its_group():
 
 
 def test_nothing_but_logp_carries_gradient_and_inputs_stay():
-    """Pitfalls 9 and 10: weights, behaviour logps, advantages and entropies get no gradient; no input is written to."""
+    """Pitfalls 9 and 10: weights, behaviour logps, advantages and entropies get no gradient; no input
+    is written to."""
     g = torch.Generator().manual_seed(1)
     logp, old, w = (torch.randn(3, 4, generator=g).requires_grad_() for _ in range(3))
     A, entropy, mask = torch.randn(3, generator=g).requires_grad_(), torch.rand(3, 4, generator=g).requires_grad_(), torch.rand(3, 4, generator=g) > 0.2
@@ -321,7 +332,8 @@ def test_nothing_but_logp_carries_gradient_and_inputs_stay():
 
 
 def test_surprising_batches_stay_finite():
-    """Pitfalls 7 and 8: H = 0, empty regions, fully masked rows, a batch without any sampled token; and 12 equal rewards of 0.3 give exactly 0."""
+    """Pitfalls 7 and 8: H = 0, empty regions, fully masked rows, a batch without any sampled token; and
+    12 equal rewards of 0.3 give exactly 0."""
     assert torch.equal(rest.group_advantages(torch.full((1, 12), 0.3)), torch.zeros(1, 12))
     residue = (torch.full((1, 12), 0.3) - torch.full((1, 12), 0.3).mean()) / 1e-8
     assert residue.abs().max() > 0.5  # the broken variant: float residue over a tiny delta
@@ -338,12 +350,13 @@ def test_surprising_batches_stay_finite():
                 assert weight.isfinite().all() and loss.isfinite()
 
 
-# ------------------------------------------------------------------------------------------------- which positions are trained
+# ---------------------------------------------------------------------- which positions are trained
 
 @pytest.fixture
 def trained():
-    """(batch, trained(mask)): at which columns d loss / d logits is not 0, row t - 1 of the logits answering for token
-    t, if the loss is given this mask. Every completion ends with id 0, with which padding is filled: pad == eos."""
+    """(batch, trained(mask)): at which columns d loss / d logits is not 0, row t - 1 of the logits
+    answering for token t, if the loss is given this mask. Every completion ends with id 0, with which
+    padding is filled: pad == eos."""
     model = qwen3(V)
     batch, advantages = make_batch(model, off_policy=0.0)
     batch.tokens[torch.arange(P * G), batch.length - 1] = 0
@@ -384,7 +397,8 @@ def test_the_end_token_is_trained_though_padding_has_its_id(trained):
 @pytest.mark.parametrize("wrong", [lambda mask: ~mask, torch.ones_like, lambda mask: mask.roll(1, 1)],
                          ids=["inverted", "missing", "shifted"])
 def test_a_wrong_mask_would_be_seen(trained, wrong):
-    """Pitfalls 2 and 4. Broken variants: an inverted or a missing mask trains forced tokens, a shifted one neighbours."""
+    """Pitfalls 2 and 4. Broken variants: an inverted or a missing mask trains forced tokens, a shifted
+    one neighbours."""
     batch, trained = trained
     assert not torch.equal(trained(wrong(batch.sampled)), batch.sampled)
 
@@ -404,7 +418,8 @@ def test_later_tokens_attend_to_forced_ones(engine):
 @pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
 @pytest.mark.parametrize("name", MODELS)
 def test_logps_equal_the_reference(name, engine):
-    """Pitfall 4: position-dependent logits. The logps of both engines equal the unpadded float64 reference; shifted by one they don't."""
+    """Pitfall 4: position-dependent logits. The logps of both engines equal the unpadded float64
+    reference; shifted by one they don't."""
     model = MODELS[name]()
     batch, _ = make_batch(model)
     logp = engine(model).logps(batch, ROWS, 0.7)
@@ -416,7 +431,7 @@ def test_logps_equal_the_reference(name, engine):
         assert torch.allclose(mine, expected, atol=1e-4) and not torch.allclose(mine[1:], expected[:-1], atol=1e-2)
 
 
-# --------------------------------------------------------------------------------------- what the gradient must not depend on
+# ------------------------------------------------------------- what the gradient must not depend on
 
 def random_lengths(g, prompts=12, group=4):
     length = torch.randint(1, 160, (prompts * group,), generator=g)
@@ -426,8 +441,9 @@ def random_lengths(g, prompts=12, group=4):
 
 @pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
 def test_micro_batches_keep_to_the_budget_with_their_padding(engine):
-    """Random batches: every completion once; no forward above the budget, counted as padded, with a prompt for each group (shared)
-    or for each completion, unless it is a single completion. Shared, a part has equally many of each of its groups, together."""
+    """Random batches: every completion once; no forward above the budget, counted as padded, with a
+    prompt for each group (shared) or for each completion, unless it is a single completion. Shared, a
+    part has equally many of each of its groups, together."""
     g = torch.Generator().manual_seed(0)
     run = engine(qwen3())
     for budget in (50, 300, 2000):
@@ -447,8 +463,8 @@ def test_micro_batches_keep_to_the_budget_with_their_padding(engine):
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_micro_batches_do_not_change_the_gradient(aggregation):
-    """Pitfall 6. Budgets from one completion a forward to all at once: the same gradient within 1e-5. Dividing by each micro-batch's own sums, as
-    the authors' code does, changes it by more than 1%."""
+    """Pitfall 6. Budgets from one completion a forward to all at once: the same gradient within 1e-5.
+    Dividing by each micro-batch's own sums, as the authors' code does, changes it by more than 1%."""
     model = qwen3(V)
     batch, advantages = make_batch(model)
     weight = weigh(batch, config(), 4)
@@ -470,7 +486,8 @@ def test_micro_batches_do_not_change_the_gradient(aggregation):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_shared_prefix_checkpointing_and_padding_do_not_change_the_gradient(name):
-    """The shared forward, gradient checkpointing, and columns of padding behind the completions each leave the gradient as it was (relative error 1e-5)."""
+    """The shared forward, gradient checkpointing, and columns of padding behind the completions each
+    leave the gradient as it was (relative error 1e-5)."""
     model = MODELS[name]()
     batch, advantages = make_batch(model)
     weight = weigh(batch, config(), 4)
@@ -501,7 +518,8 @@ def test_the_order_of_samples_does_not_change_the_gradient():
 
 
 def test_chunked_logps_equal_whole_ones():
-    """fast.head_logps in chunks of 3 rows equals one chunk and rest.token_logps of the logits, values and gradients."""
+    """fast.head_logps in chunks of 3 rows equals one chunk and rest.token_logps of the logits, values
+    and gradients."""
     torch.manual_seed(0)
     head, x, y = torch.nn.Linear(8, 50, bias=False), torch.randn(20, 8), torch.randint(0, 50, (20,))
     results = []
@@ -518,7 +536,7 @@ def test_chunked_logps_equal_whole_ones():
     assert torch.allclose(results[0][0], log_p.gather(1, y[:, None])[:, 0], atol=1e-5)
 
 
-# --------------------------------------------------------------------------------------------------------- update and metrics
+# ------------------------------------------------------------------------------- update and metrics
 
 class Unigram(torch.nn.Module):
     """A policy with the same logits everywhere, which can be enumerated."""
@@ -533,7 +551,8 @@ class Unigram(torch.nn.Module):
 
 
 def unigram_batch(old, new, counts):
-    """One prompt, one-token completions, each token as often as `old` says: averages over the batch are exact expectations."""
+    """One prompt, one-token completions, each token as often as `old` says: averages over the batch are
+    exact expectations."""
     tokens = torch.tensor([k for k, n in enumerate(counts) for _ in range(n)])[:, None]
     mask = torch.ones_like(tokens, dtype=torch.bool)
     logp = torch.tensor(old).log()[tokens]
@@ -543,8 +562,9 @@ def unigram_batch(old, new, counts):
 
 
 def test_logged_kl_and_clip_fraction_are_what_their_names_say():
-    """Pitfall 12. Behaviour (4, 3, 1)/8, policy (4, 1, 3)/8, every token as often as its probability: `kl` is exactly KL(behaviour || policy); with A = +1 on all
-    the clipped share is that of the token whose ratio is 3, with A = -1 that of the token whose ratio is 1/3."""
+    """Pitfall 12. Behaviour (4, 3, 1)/8, policy (4, 1, 3)/8, every token as often as its probability:
+    `kl` is exactly KL(behaviour || policy); with A = +1 on all the clipped share is that of the token
+    whose ratio is 3, with A = -1 that of the token whose ratio is 1/3."""
     old, new = [0.5, 0.375, 0.125], [0.5, 0.125, 0.375]
     model, batch = unigram_batch(old, new, (4, 3, 1))
     for sign, clipped in ((1.0, 1 / 8), (-1.0, 3 / 8)):
@@ -573,7 +593,8 @@ def test_a_gradient_that_is_not_finite_is_skipped_though_the_loss_is():
 
 
 def test_several_passes_keep_weights_and_behaviour_logps():
-    """passes=2 is two updates on the same batch, the second one off policy: its ratio differs from 1, so it is not twice the first gradient."""
+    """passes=2 is two updates on the same batch, the second one off policy: its ratio differs from 1,
+    so it is not twice the first gradient."""
     batch, advantages = make_batch(qwen3(V), off_policy=0.0)
     weight = weigh(batch, config(), 4)
     two, one = qwen3(V), qwen3(V)
@@ -603,11 +624,12 @@ def test_a_batch_without_signal_changes_nothing():
     assert metrics["loss"] == metrics["grad_norm"] == metrics["skipped_updates"] == 0
 
 
-# ------------------------------------------------------------------------------------------------------------------------ TRL
+# ---------------------------------------------------------------------------------------------- TRL
 
 @pytest.mark.parametrize("loss_type, aggregation", [("grpo", "sequence"), ("bnpo", "token"), ("dapo", "token"), ("dr_grpo", "constant")])
 def test_uniform_weights_equal_trl(loss_type, aggregation, tmp_path):
-    """With weight 1 our loss and gradient equal GRPOTrainer's on the same tensors: left-padded prompts, forced tokens as its tool_mask, clipped ratios."""
+    """With weight 1 our loss and gradient equal GRPOTrainer's on the same tensors: left-padded prompts,
+    forced tokens as its tool_mask, clipped ratios."""
     trl = pytest.importorskip("trl")
     import datasets
     from conftest import byte_tokenizer

@@ -1,4 +1,5 @@
-"""Who may import whom: rest.py is the ground, and no import runs downwards or hides in a function to dodge a circle."""
+"""Who may import whom: rest.py is the ground, and no import runs downwards or hides in a function to
+dodge a circle."""
 
 import ast
 import sys
@@ -15,7 +16,8 @@ OPTIONAL = {"bfcl_eval", "gguf", "accelerate", "peft", "matplotlib", "trl", "dat
 
 
 def imports(file):
-    """(project modules imported at the top, other top-level packages imported at the top, all imported in functions)."""
+    """(project modules imported at the top, other top-level packages imported at the top, all imported
+    in functions)."""
     tree = ast.parse(file.read_text())
     inside = {id(node) for function in ast.walk(tree) if isinstance(function, ast.FunctionDef)
               for node in ast.walk(function)}

@@ -1,4 +1,5 @@
-"""The picture of a run's completions: every sampled token in its region's colour, weights as recorded, hostile text inert."""
+"""The picture of a run's completions: every sampled token in its region's colour, weights as recorded,
+hostile text inert."""
 
 import json
 from xml.etree import ElementTree
@@ -25,7 +26,8 @@ def run(folder, exact=True):
 
 @pytest.mark.parametrize("method, labels", [("", ["1.50", "0.50", "1.50", "0.25"]), ("shuffled", ["1.00", "2.00", "3.00", "0.20"])])
 def test_tokens_regions_and_weights_are_those_recorded(tmp_path, method, labels):
-    """The most telling completion of the first and the last step; hostile text is text; a line break breaks the line."""
+    """The most telling completion of the first and the last step; hostile text is text; a line break
+    breaks the line."""
     picture.picture(run(tmp_path), tmp_path / "a.svg", method)
     root = ElementTree.parse(tmp_path / "a.svg").getroot()
     space = "{http://www.w3.org/2000/svg}"

@@ -1,4 +1,5 @@
-"""The parts of rest.py from text to reward: configuration, parsing, executor, regions, rule reward, chat templates."""
+"""The parts of rest.py from text to reward: configuration, parsing, executor, regions, rule reward,
+chat templates."""
 
 import copy
 import json
@@ -13,7 +14,7 @@ import rest
 from rest import NAME, PARAMS, SCAFFOLD, TAG, TEXT, THOUGHT, Call, MalformedCall
 
 
-# ------------------------------------------------------------------------------------------------------------------ configuration
+# ------------------------------------------------------------------------------------ configuration
 
 @pytest.mark.parametrize("bad, word", [
     ({"method": "ppo"}, "method must be one of rest, "), ({"group": 1}, "at least 2"), ({"top_entropy_fraction": 1.5}, "in .0, 1."),
@@ -29,7 +30,7 @@ def test_dr_grpo_changes_the_aggregation_only_when_none_was_asked_for():
     assert rest.Config(method="dr-grpo", aggregation="token").aggregation == "token"
 
 
-# ------------------------------------------------------------------------------------------------------------------------ parsing
+# ------------------------------------------------------------------------------------------ parsing
 
 def call_text(*calls, key="arguments"):
     return "<tool_call>\n" + "\n".join(json.dumps({"name": c.name, key: c.arguments}) for c in calls) + "\n</tool_call>"
@@ -55,7 +56,8 @@ def random_calls(rng, n=3):
 
 
 def test_both_forms_round_trip_whatever_the_strings_hold():
-    """300 random calls whose names and values hold quotes, braces, tags, newlines and emoji; both keys; one block or one a call."""
+    """300 random calls whose names and values hold quotes, braces, tags, newlines and emoji; both keys;
+    one block or one a call."""
     rng = random.Random(0)
     for i in range(300):
         calls, key = random_calls(rng), rng.choice(["arguments", "parameters"])
@@ -89,7 +91,8 @@ def test_thoughts_and_responses_hide_calls():
 
 
 def test_any_text_is_parsed_and_labelled():
-    """Random soups of tags, JSON and noise: no exception, blocks are ordered and disjoint, one label per character."""
+    """Random soups of tags, JSON and noise: no exception, blocks are ordered and disjoint, one label
+    per character."""
     rng = random.Random(1)
     pieces = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<response>", "</response>", '{"name": "f", "arguments": {"x": 1}}', '{"name": ',
               '"arguments": {', "}", '"', "\\", "\n", " ", "x", "é", ":", ",", "[", "12", "<", ">"]
@@ -104,7 +107,7 @@ def test_any_text_is_parsed_and_labelled():
         assert len(regions) == 5 and all(found and len(set(found)) == len(found) for found in regions)
 
 
-# --------------------------------------------------------------------------------------------------------------- schema, executor
+# --------------------------------------------------------------------------------- schema, executor
 
 def run(name, function, arguments, **kwargs):
     texts, _, _ = rest.execute([Call(name, arguments)], {name: function}, **kwargs)
@@ -126,8 +129,8 @@ def test_executor_turns_everything_into_text():
 
 
 def test_who_is_to_blame_for_a_call_is_counted(caplog):
-    """The model's fault (unknown, unfitting arguments) is refused; a tool's own failure is counted, and a bug is
-    told to the user, once; a ValueError is a sentence for the model."""
+    """The model's fault (unknown, unfitting arguments) is refused; a tool's own failure is counted, and
+    a bug is told to the user, once; a ValueError is a sentence for the model."""
     def missing(a):
         raise KeyError("no such key")
 
@@ -191,7 +194,7 @@ def test_hostile_calls_through_the_real_tools_cost_milliseconds(tmp_path, monkey
     assert all(r.startswith("error") for c, r in zip(calls, results) if c.name == "calculator")
 
 
-# ------------------------------------------------------------------------------------------------------------------------ regions
+# ------------------------------------------------------------------------------------------ regions
 
 def spans(text):
     """The text cut into runs of one region: [(region, text)]."""
@@ -247,7 +250,8 @@ def test_a_name_that_is_no_string_has_no_quotes():
 
 
 def test_retokenising_would_shift_labels_where_sampled_ids_do_not(tokenizer):
-    """Pitfall 3. A policy may sample a non-canonical tokenisation; labels follow the ids it sampled, one each."""
+    """Pitfall 3. A policy may sample a non-canonical tokenisation; labels follow the ids it sampled,
+    one each."""
     from toy_tools.policy import build_tokenizer
     merged = build_tokenizer([CALL] * 50, vocab_size=320)
     byte_ids = [merged.convert_tokens_to_ids(t) if isinstance(t, str) else t for t in tokenizer.convert_ids_to_tokens(
@@ -263,7 +267,7 @@ def test_retokenising_would_shift_labels_where_sampled_ids_do_not(tokenizer):
     assert len(re_encoded) != len(byte_ids)  # the broken variant: labels of other tokens, in other places
 
 
-# ------------------------------------------------------------------------------------------------------------------------- reward
+# ------------------------------------------------------------------------------------------- reward
 
 def test_same_value():
     assert rest.same_value(1, 1.0) and rest.same_value({"a": [1, None]}, {"a": [1.0, None]})
@@ -315,7 +319,8 @@ def test_format_score(text, required, score):
 
 
 def test_reward_ranges_and_schedule():
-    """Static: [-3, 4]. Dynamic: format's share shrinks and correctness' grows with progress, within the authors' bounds."""
+    """Static: [-3, 4]. Dynamic: format's share shrinks and correctness' grows with progress, within the
+    authors' bounds."""
     assert [rest.episode_reward(f, c, 0.3, "static") for f, c in ((0, 0), (1, 1), (1, None), (0, 0.5))] == [-3, 4, 1, 0]
     assert rest.episode_reward(1, 1, 0.0) == 2 + 2 and rest.episode_reward(0, 0, 0.0) == -2 - 2
     assert rest.episode_reward(1, 1, 1.0) == pytest.approx(1.3 + 2.7) and rest.episode_reward(0, 0, 1.0) == pytest.approx(-1 - 2.7)
@@ -338,7 +343,7 @@ def test_episode_scores():
     assert rest.score_texts([CALL + "<response>x</response>"], {**ROW, "blocks": [["think", "tool_call", "response"]]})[2] is True
 
 
-# ----------------------------------------------------------------------------------------------------------------- plain chat
+# --------------------------------------------------------------------------------------- plain chat
 
 def test_a_thought_opened_by_the_template_is_forced_not_prompt(tokenizer):
     opened = copy.deepcopy(tokenizer)

@@ -352,8 +352,8 @@ def test_methods_get_the_gradient_that_training_with_them_takes(tokenizer):
 
 
 def test_weights_of_regions_are_those_of_the_methods(tokenizer):
-    """The linear methods' weights are rest.py's, a mean over tokens where mini-batches differ; the report scales
-    any weights to a token mean of 1."""
+    """The linear methods' weights are rest.py's, a mean over tokens where mini-batches differ; the
+    report scales any weights to a token mean of 1."""
     batch, _ = written(rest.Engine(qwen3()), rest.Chat(tokenizer))
     other = replace(batch, entropy=2 * batch.entropy, sampled=batch.sampled.clone(), region=batch.region.clone())
     other.sampled[:3] = False
@@ -572,8 +572,9 @@ def test_pooling_a_checkpoint_with_itself_changes_no_estimate(tokenizer, tmp_pat
 
 
 def test_adamw_coordinates_have_unit_mean_square(tokenizer, tmp_path, monkeypatch):
-    """Before the first step v is the mean square of the clipped gradients, so in AdamW's coordinates these have
-    a mean square of 1 in every coordinate that has a gradient; half-way it is the mean root of v."""
+    """Before the first step v is the mean square of the clipped gradients, so in AdamW's coordinates
+    these have a mean square of 1 in every coordinate that has a gradient; half-way it is the mean root
+    of v."""
     monkeypatch.setattr(rest, "score_texts", by_text)
     run = make_run(tmp_path / "a", tokenizer)
     point = signal.load(run, 0, run / "kept" / "step0", signal.parse([str(run), *SMALL]))

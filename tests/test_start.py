@@ -1,4 +1,5 @@
-"""The warm-started policy that comes with the repository: it is what its start.json says, and used where it was asked for."""
+"""The warm-started policy that comes with the repository: it is what its start.json says, and used
+where it was asked for."""
 
 import json
 
@@ -13,7 +14,8 @@ from toy_tools.options import read_options
 
 
 def test_the_shipped_start_is_what_its_metadata_says():
-    """Made by the recipe of today's tools, tasks, lessons and template; every file as it was; small, in bfloat16."""
+    """Made by the recipe of today's tools, tasks, lessons and template; every file as it was; small, in
+    bfloat16."""
     about = json.loads((policy.START / "start.json").read_text())
     assert policy.is_shipped() and about["recipe"] == policy.recipe()
     assert about["files"] == policy.digest(policy.START) and set(about["versions"]) == {"torch", "transformers", "tokenizers"}
@@ -35,8 +37,8 @@ def small(tmp_path, monkeypatch):
 
 
 def test_a_start_is_made_by_its_recipe(small, monkeypatch):
-    """Its weights are those of the warm start, in bfloat16; asked for with the same options it is taken, with others
-    or with edited tools it is not."""
+    """Its weights are those of the warm start, in bfloat16; asked for with the same options it is
+    taken, with others or with edited tools it is not."""
     made, tokenizer = policy.read_start(small)
     trained, again = policy.tiny_policy(steps=2, progress=False)
     assert tokenizer.get_vocab() == again.get_vocab()
@@ -68,7 +70,8 @@ def test_every_version_of_the_libraries_takes_it(monkeypatch):
 @pytest.mark.parametrize("options, trains", [([], False), (["--method", "grpo"], False), (["--warm-start-steps", "480"], True),
                                              (["--seed", "1"], True), (["--mask-names"], True)], ids=str)
 def test_who_begins_from_it(monkeypatch, capsys, options, trains):
-    """The default run and its methods, and says so; other seeds, masked names and --warm-start-steps train theirs."""
+    """The default run and its methods, and says so; other seeds, masked names and --warm-start-steps
+    train theirs."""
     asked = []
     monkeypatch.setattr(policy, "tiny_policy", lambda *args, **kwargs: asked.append(args) or (None, None))
     run, cfg, _ = read_options(options)

@@ -1,4 +1,5 @@
-"""The task generators: every gold call is valid, executable and copyable, splits are disjoint, masks and histories are true."""
+"""The task generators: every gold call is valid, executable and copyable, splits are disjoint, masks
+and histories are true."""
 
 import json
 import os
@@ -39,7 +40,8 @@ ENTITY = re.compile("|".join([r"[a-z]+@[a-z]+\.com", *(rf"\b(?:{'|'.join(a)}) (?
 
 
 def phrasing(text):
-    """The user's text with all entities cut out: the template it came from. Works without knowing the generator's choice."""
+    """The user's text with all entities cut out: the template it came from. Works without knowing the
+    generator's choice."""
     text = re.sub(rf"^({'|'.join(filter(None, tasks.GREETINGS))})", "", text)
     text = re.sub(rf"\b({'|'.join(RATES)})\b", "$", text)  # "_ in _ please" is said of units and of currencies
     return re.sub(r"_[_ ()]*_|\(?_\)?", "_", ENTITY.sub("_", text))
@@ -81,7 +83,8 @@ def test_gold_fits_the_schemas():
 
 
 def test_arguments_stand_in_the_text_or_in_an_earlier_result():
-    """What the policy has to write can be copied, character by character; in multi-turn rows the second call needs the first one's result."""
+    """What the policy has to write can be copied, character by character; in multi-turn rows the second
+    call needs the first one's result."""
     needed = 0
     for row in ALL:
         for k, step in enumerate(decompose(row)):
@@ -123,7 +126,8 @@ def test_final_answers_use_the_last_result():
 
 
 def test_in_irrelevance_rows_no_offered_tool_fits():
-    """The request's phrasing tells which tool it was written for; neither that one is offered nor one that could do its work."""
+    """The request's phrasing tells which tool it was written for; neither that one is offered nor one
+    that could do its work."""
     seen = set()
     for row in ROWS["train", False] + ROWS["test", False]:
         if row["category"] == "irrelevance":
@@ -229,8 +233,8 @@ def test_bad_arguments_are_named(arguments, word):
 
 
 def test_a_new_tool_is_one_row_of_one_table(monkeypatch):
-    """With an array, an object and an optional parameter: its tasks, schema and box follow from the row; an entry that
-    was forgotten is named."""
+    """With an array, an object and an optional parameter: its tasks, schema and box follow from the
+    row; an entry that was forgotten is named."""
     def pack(things, label=None):
         return {"packed": len(things), "label": label and label["text"]}
     row = dict(name="pack", description="packs things", function=pack, what="parcel",

@@ -1,4 +1,5 @@
-"""The toy tools: the calculator against Python floats on random trees, hostile input, dates and units, state, masked names."""
+"""The toy tools: the calculator against Python floats on random trees, hostile input, dates and units,
+state, masked names."""
 
 import datetime
 import json
@@ -41,7 +42,8 @@ def value_of(tree):
 
 
 def text_of(tree, rng):
-    """The tree as text with no more parentheses than it needs (and at times some more), so that precedence and associativity matter."""
+    """The tree as text with no more parentheses than it needs (and at times some more), so that
+    precedence and associativity matter."""
     op, *parts = tree
     if op == "number":
         return f"{parts[0]}"
@@ -56,7 +58,8 @@ def text_of(tree, rng):
 
 
 def test_calculator_equals_python_floats_on_random_trees():
-    """Same operations in the same order on the same floats: equal to the last bit before the rounding to 4 decimals."""
+    """Same operations in the same order on the same floats: equal to the last bit before the rounding
+    to 4 decimals."""
     rng, refused, compared = random.Random(0), 0, 0
     while compared < 2000:
         tree = random_tree(rng, rng.randrange(1, 5))
@@ -144,7 +147,8 @@ def test_units_and_currencies():
 
 
 def test_lookups_are_the_same_everywhere():
-    """Pinned values: a hash that depended on the process, the platform or the Python version would change them."""
+    """Pinned values: a hash that depended on the process, the platform or the Python version would
+    change them."""
     box = ToolBox().functions
     assert box["get_weather"](city="Oslo") == {"city": "Oslo", "sky": "windy", "celsius": 24}
     assert box["local_time"](city="Lima") == "11:42" and box["stock_price"](company="ABCD") == {"company": "ABCD", "price": 402.77}

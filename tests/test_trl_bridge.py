@@ -1,6 +1,7 @@
 """toy_tools/trl_bridge.py: on TRL's trainer the loss, its gradient, weights and rewards are rest.py's.
 
-As a script (`accelerate launch tests/test_trl_bridge.py FILE`) it trains one step and writes what came of it."""
+As a script (`accelerate launch tests/test_trl_bridge.py FILE`) it trains one step and writes what came
+of it."""
 
 import importlib
 import json
@@ -42,8 +43,8 @@ def make_tokenizer():
 
 
 def completion(chat, number, forced):
-    """(ids, mask of what was sampled) of the completion `number`: ragged, some broken off, every third with a tool's
-    answer in it."""
+    """(ids, mask of what was sampled) of the completion `number`: ragged, some broken off, every third
+    with a tool's answer in it."""
     end = [chat.tokenizer.eos_token_id]
     first = chat.encode(TEXTS[number % len(TEXTS)]) + end * (number % 5 != 3)
     if not forced or number % 3:
@@ -93,8 +94,8 @@ def make_model():
 
 @lru_cache
 def rolled_out():
-    """The Rollout of the same completions, with regions: entropies and log-probabilities by a forward of each sequence
-    alone, turns by the place of the tool's answer."""
+    """The Rollout of the same completions, with regions: entropies and log-probabilities by a forward
+    of each sequence alone, turns by the place of the tool's answer."""
     model, chat = make_model(), TemplateChat(make_tokenizer())
     prompts = [chat.prompt(row)[0] for row in ROWS]
     pairs = [completion(chat, i, True) for i in range(P * G)]
@@ -183,8 +184,8 @@ def test_weight_one_is_trl_itself(at_step_4, loss_type):
 
 @pytest.mark.parametrize("method", rest.WEIGHTS)
 def test_every_method_is_rests(at_step_4, method):
-    """Weights, loss and gradient equal rest.update's on the same tensors, for the four loss types, with ragged
-    completions, tool answers between turns, clipped ratios, T != 1 and the curriculum at 0.4."""
+    """Weights, loss and gradient equal rest.update's on the same tensors, for the four loss types, with
+    ragged completions, tool answers between turns, clipped ratios, T != 1 and the curriculum at 0.4."""
     trainer = at_step_4
     trainer.cfg = rest.Config(method=method)
     batch, weight = rolled_out(), weights(method, 4)
@@ -223,11 +224,11 @@ def test_an_evaluation_before_training_is_at_progress_0(at_step_4):
     assert torch.allclose(out["advantages"], rolled_out().advantages[:, None] * weights("rest", 0), atol=2e-4)
 
 
-# ---------------------------------------------------------------------------------------------- data and reward
+# ---------------------------------------------------------------------------------- data and reward
 
 def test_rows_keep_their_shape(tmp_path):
-    """JSONL rows whose arguments differ in kind come back from the data set as they were; prompts hold the tools as
-    the chat template writes them, and TRL's own call of the tokenizer gives their ids."""
+    """JSONL rows whose arguments differ in kind come back from the data set as they were; prompts hold
+    the tools as the chat template writes them, and TRL's own call of the tokenizer gives their ids."""
     other = {**ROW, "gold": [[{"name": "add", "arguments": {"a": -1, "b": 7}}] * 2], "category": "two"}
     quiet = {"messages": ROW["messages"], "gold": [[]]}
     rows = data.load_rows(write_rows(tmp_path / "rows.jsonl", [ROW, other, quiet]))
@@ -263,7 +264,8 @@ def test_the_reward_is_rests(scaling, ended):
 
 
 def test_a_thought_that_the_template_opens_belongs_to_the_completion(tmp_path, monkeypatch):
-    """The prompt ends with <think>: what follows is thought, in the reward and in the regions, in every turn."""
+    """The prompt ends with <think>: what follows is thought, in the reward and in the regions, in every
+    turn."""
     chat = TemplateChat(opened_template(make_tokenizer()))
     texts = [text.removeprefix("<think>") for text in TEXTS]
     whole = [rest.score_texts([text], ROW) for text in TEXTS[:4]]
@@ -309,7 +311,8 @@ def test_the_tokenizers_own_first_token_does_not_stand_twice():
 
 @pytest.mark.parametrize("known", [True, False])
 def test_trl_stops_where_the_chat_says_a_turn_ends(tmp_path, known):
-    """Another id that ends turns, known to the model's generation_config or to the chat alone, ends completions."""
+    """Another id that ends turns, known to the model's generation_config or to the chat alone, ends
+    completions."""
     model, tokenizer = make_model(), make_tokenizer()
     other = tokenizer.convert_tokens_to_ids("<|im_start|>")
     model.generation_config.eos_token_id = [other] if known else None
@@ -320,7 +323,7 @@ def test_trl_stops_where_the_chat_says_a_turn_ends(tmp_path, known):
     assert set(trainer.generation_config.eos_token_id) == chat.end_ids
 
 
-# ------------------------------------------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------------------------- what is refused
 
 def test_what_cannot_be_right_is_refused_in_a_sentence(tmp_path):
     """Live dialogues, prompts that TRL would tokenise otherwise, unknown methods, Dr. GRPO by half."""
@@ -348,7 +351,8 @@ def test_another_version_of_trl_is_named(tmp_path, monkeypatch, caplog):
 
 @pytest.mark.parametrize("hook", ["_compute_loss", "_get_per_token_logps_and_entropies", "trl"])
 def test_a_missing_hook_or_package_is_one_sentence(monkeypatch, hook):
-    """A loss that knows advantages of shape (B,) alone, log-probabilities without entropies, no TRL at all."""
+    """A loss that knows advantages of shape (B,) alone, log-probabilities without entropies, no TRL at
+    all."""
     def old(self, model, inputs):
         return inputs["advantages"].unsqueeze(1)
     if hook == "trl":
@@ -365,7 +369,7 @@ def load_again():
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
-# ----------------------------------------------------------------------------------------------------- real training
+# ------------------------------------------------------------------------------------ real training
 
 def one_step(folder, loss_type, method, world=1):
     """What one step of TRL's own loop makes of the global batch, in STEPS micro-batches: how far the weights
@@ -388,8 +392,8 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize("number", range(len(CASES)))
 def test_a_step_of_trls_loop_is_a_step_of_ours(alone, number):
-    """Through its shuffling, its micro-batches and its accumulation, plain gradient descent moves the weights as
-    rest.update does."""
+    """Through its shuffling, its micro-batches and its accumulation, plain gradient descent moves the
+    weights as rest.update does."""
     loss_type, method = CASES[number]
     _, gradient = ours(make_model(), rolled_out(), weights(method, 0), LOSSES[loss_type])
     assert close(alone[number][0], gradient, 1e-3)
@@ -405,8 +409,9 @@ def launch(*arguments, **options):
 
 
 def test_two_processes_give_what_one_gives(alone, tmp_path):
-    """`accelerate launch` with two processes on the CPU: on the same global batch, whose halves have other lengths,
-    the same step and the same metrics. Region entropies of each process alone would give others."""
+    """`accelerate launch` with two processes on the CPU: on the same global batch, whose halves have
+    other lengths, the same step and the same metrics. Region entropies of each process alone would give
+    others."""
     done = launch(Path(__file__), tmp_path / "out.pt")
     assert done.returncode == 0, done.stderr[-3000:]
     for (moved, metrics), (expected, reference) in zip(torch.load(tmp_path / "out.pt"), alone, strict=True):
@@ -415,8 +420,8 @@ def test_two_processes_give_what_one_gives(alone, tmp_path):
 
 
 def test_lora_moves_the_adapter_only(tmp_path):
-    """Two real steps of the embedded policy, without its warm start, with a LoRA adapter, generation included: its
-    own weights stay as they were, bit for bit, the adapter's do not."""
+    """Two real steps of the embedded policy, without its warm start, with a LoRA adapter, generation
+    included: its own weights stay as they were, bit for bit, the adapter's do not."""
     peft = pytest.importorskip("peft", reason="pip install peft")
     rows = [step for row in tasks.make_rows(8) for step in tasks.decompose(row)]
     tokenizer = policy.build_tokenizer([json.dumps(row) for row in rows], 512)

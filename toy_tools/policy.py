@@ -23,7 +23,7 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTr
 import rest
 from toy_tools import chat, fast, lora, schema, tasks, tools
 
-# -------------------------------------------------------------------------------- the embedded policy
+# ------------------------------------------------------------------------------ the embedded policy
 
 WARM_START_STEPS = 480
 START = Path(__file__).parent / "start"  # the warm-started policy of seed 0, which comes with the repository
@@ -81,7 +81,8 @@ def noisy_demonstration(row, rng, noise):
 
     Each with probability `noise`: a thought left open or left out, broken JSON, a response beside
     calls. Each with a third of that: a wrong tool, a wrong or missing argument, a missing call."""
-    calls, demo = [dict(c) for c in row["gold"][0]], row["demo"][0]
+    calls = [dict(call) for call in row["gold"][0]]
+    demo = row["demo"][0]
     for call in calls:
         call["arguments"] = dict(call["arguments"])
         if row["tools"] and rng.random() < noise / 3:
@@ -129,7 +130,8 @@ def looking_up(tokenizer, rng, questions=12):
         answer = rng.choice(tasks.USE if there else tasks.NO_TOOL) + "\n"
         for text, trained in ((question, False), (answer, True)):
             piece = tokenizer(text, add_special_tokens=False)["input_ids"]
-            ids, mask = ids + piece, mask + [trained] * len(piece)
+            ids = ids + piece
+            mask = mask + [trained] * len(piece)
     return ids, mask
 
 
@@ -334,7 +336,8 @@ def load_model(path, dtype=torch.float32, gradient_checkpointing=False, lora_ran
 
 def read_model(path, dtype):
     """(model, tokenizer) as they lie in a folder, on the hub, or in a .gguf file."""
-    kwargs, quantization = {}, {}
+    kwargs = {}
+    quantization = {}
     if path.endswith(".gguf"):
         file = Path(path)
         if not file.is_file():
