@@ -6,8 +6,8 @@
     A_i    = (r_i - group mean) / (group std + delta)   advantage of completion i in its group
     w_it                                                token weight, mean 1 in each completion
 
-GRPO without KL and reference model, times w (w = 1 is GRPO). Every sampled token lies in a region, whose
-weight falls with its mean policy entropy; over the run a curriculum moves weight from structure to reasoning.
+GRPO without KL, times w (w = 1 is GRPO). Every sampled token lies in a region, whose weight falls with
+its mean policy entropy; over the run a curriculum moves weight from structure to reasoning.
 One completion and its regions (the paper's "format" is tag and scaffold together):
 
     <think>Oslo, so get_weather.</think>                         tag  thought  tag
@@ -17,13 +17,13 @@ One completion and its regions (the paper's "format" is tag and scaffold togethe
 
 One sample's life, the order of this file (P prompts, G completions each, N = P*G, T tokens, V words):
 
-    row {messages, tools, gold} -> prompt ids               Chat.prompt
-    -> tokens, sampled mask, logp_old, entropy     [N, T]   rollout
-    -> region of every sampled token               [N, T]   token_regions
-    -> region entropy [6] -> token weight          [N, T]   WEIGHTS[method]
-    -> reward [N] -> advantage                     [P, G]   score_texts, episode_reward, group_advantages
-    -> logp with gradient                          [N, T]   Engine.logps
-    -> scalar loss -> optimiser step                        policy_loss, update
+    row {messages, tools, gold} -> prompt ids        Chat.prompt
+    -> tokens, sampled mask, logp_old, entropy [N, T]  rollout
+    -> region of every sampled token [N, T]            token_regions
+    -> region entropy [6] -> token weight [N, T]       WEIGHTS[method]
+    -> reward [N] -> advantage [P, G]                  score_texts, episode_reward, group_advantages
+    -> logp with gradient [N, T]                       Engine.logps
+    -> scalar loss -> optimiser step                   policy_loss, update
 
 Behind that: calls, their execution, `Chat` and `Engine`, of which toy_tools/ has a hardened and a fast one.
 "Departure" says where paper, authors' code and this file differ.
@@ -42,6 +42,7 @@ from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +72,7 @@ class Config:
     steps: int = knob(100, "Steps; progress is step/steps. 0: warm start only.", "at least 0")
     prompts: int = knob(16, "Prompts per step (P).", "at least 1")
     group: int = knob(8, "Completions per prompt (G), compared with one another.", "at least 2")
-    max_completion_tokens: int = knob(160, "Tokens of an episode, tool results included.", "at least 1")
+    max_completion_tokens: int = knob(160, "Tokens of an episode, tools' answers too.", "at least 1")
     max_turns: int = knob(1, "Turns of an episode; above 1, calls run between them.", "at least 1")
     temperature: float = knob(1.0, "Of sampling, logp and entropy.", "above 0")
     clip: float = knob(0.2, "epsilon of the clipped ratio.", "in (0, 1)")
@@ -106,55 +107,67 @@ class Config:
 @dataclass
 class Rollout:
     """N = P*G completions, those of prompt p in rows p*G … p*G+G-1; right-padded to T columns."""
-    rows: list                   # the P rows
-    prompts: list                # P lists of prompt ids
-    group: int                   # G
-    tokens: torch.Tensor         # int64 [N, T], exactly the ids that were sampled or forced
-    sampled: torch.Tensor        # bool [N, T], where the policy chose; False at tool results and padding
-    logp: torch.Tensor           # float32 [N, T], of the distribution sampled from; 0 where not sampled
-    entropy: torch.Tensor        # float32 [N, T], nats, of the same; 0 where not sampled
-    length: torch.Tensor         # int64 [N], sampled and forced tokens
-    truncated: torch.Tensor      # bool [N], ran out of max_completion_tokens
-    turns: list                  # per episode: [(start, end)] columns of each assistant turn
-    texts: list                  # per episode: each turn's text, without its end-of-turn token
-    refused: list = None         # per episode: calls that the executor refused
-    tool_errors: int = 0         # calls in which a tool failed
+    rows: list  # the P rows
+    prompts: list  # P lists of prompt ids
+    group: int  # G
+    tokens: torch.Tensor  # int64 [N, T], exactly the ids that were sampled or forced
+    sampled: torch.Tensor  # bool [N, T], where the policy chose; False at tool results and padding
+    logp: torch.Tensor  # float32 [N, T], of the distribution sampled from; 0 where not sampled
+    entropy: torch.Tensor  # float32 [N, T], nats, of the same; 0 where not sampled
+    length: torch.Tensor  # int64 [N], sampled and forced tokens
+    truncated: torch.Tensor  # bool [N], ran out of max_completion_tokens
+    turns: list  # per episode: [(start, end)] columns of each assistant turn
+    texts: list  # per episode: each turn's text, without its end-of-turn token
+    refused: list = None  # per episode: calls that the executor refused
+    tool_errors: int = 0  # calls in which a tool failed
     region: torch.Tensor = None  # int64 [N, T], -1 where not sampled; see token_regions
     covers: torch.Tensor = None  # bool [N, T, 6]; the same
-    scores: list = None          # N (format, correctness or None, exact); see score_texts
+    scores: list = None  # N (format, correctness or None, exact); see score_texts
     advantages: torch.Tensor = None  # float [N]
 
 @dataclass
 class Episode:
     """A completion while it is sampled; between its turns its tools answer."""
     row: dict
-    functions: dict                          # {name: callable} of its own box; empty: no call runs
-    free: int                                # column from which on the policy chooses in this turn
-    start: int = 0                           # column where this turn begins
+    functions: dict  # {name: callable} of its own box; empty: no call runs
+    forced: list  # ids that come next, whatever the policy would choose
+    start: int = 0  # column where this turn begins
     ended: bool = False
-    ids: list = field(default_factory=list)  # sampled and forced
+    ids: list = field(default_factory=list)
+    sampled: list = field(default_factory=list)  # for each id, whether the policy chose it
     turns: list = field(default_factory=list)
     texts: list = field(default_factory=list)
     refused: int = 0
     tool_errors: int = 0
 
+    def append(self, choice, chat, cfg):
+        """Append the forced id, or the policy's choice, which may end the turn -> the id."""
+        if self.ended:
+            return choice
+        forced = bool(self.forced)
+        token = self.forced.pop(0) if forced else choice
+        self.ids.append(token)
+        self.sampled.append(not forced)
+        if token in chat.end_ids and not forced:
+            self.end_turn(chat, cfg, closed=True)
+            self.ended = not self.forced
+        return token
+
     def end_turn(self, chat, cfg, closed):
-        """The turn ends here, by an end-of-turn token if `closed`, and its calls run -> the ids that
-        follow it and open the next turn; none at the end of the episode."""
+        """The turn ends here, by an end-of-turn token if `closed`. Its calls run, and what follows, up to
+        the next turn, is forced: nothing at the end of the episode."""
         text = chat.decode(self.ids[self.start:len(self.ids) - closed])
         self.turns.append((self.start, len(self.ids)))
         self.texts.append(text)
         more = closed and self.functions and len(self.turns) < cfg.max_turns
         calls = parse_calls(text) if more else []
-        if not calls:
-            return []
-        results, refused, errors = execute(calls, self.functions, cfg.tool_timeout)
-        self.refused += refused
-        self.tool_errors += errors
-        reply, opening = chat.reply(self.row, results, self.ids[-1])
-        self.start = len(self.ids) + len(reply)
-        self.free = self.start + len(opening)
-        return reply + opening
+        if calls:
+            results, refused, errors = execute(calls, self.functions, cfg.tool_timeout)
+            self.refused += refused
+            self.tool_errors += errors
+            reply, opening = chat.reply(self.row, results, self.ids[-1])
+            self.start = len(self.ids) + len(reply)
+            self.forced = reply + opening
 
 @torch.no_grad()
 def rollout(engine, chat, rows, cfg, seed=0, group=None, greedy=False, toolbox_for=None):
@@ -167,82 +180,71 @@ def rollout(engine, chat, rows, cfg, seed=0, group=None, greedy=False, toolbox_f
     T = cfg.max_completion_tokens
     N = len(rows) * G
     device = engine.device
-    uniforms = torch.rand(N, T, generator=torch.Generator().manual_seed(seed)).clamp_(max=1 - 1e-6).to(device)
-    forced = torch.full((N, T), -1, device=device)  # ids that the policy does not choose; -1: it chooses
+    uniforms = torch.rand(N, T, generator=torch.Generator().manual_seed(seed))
+    uniforms = uniforms.clamp_(max=1 - 1e-6).to(device)
     logp, entropy = torch.zeros(2, N, T, device=device)
-
-    def force(i, ids, column):
-        ids = ids[:T - column]
-        if ids:
-            forced[i, column:column + len(ids)] = torch.tensor(ids, device=device)
-
     prompts = []
     episodes = []
     for row in rows:
         prompt, opening = chat.prompt(row)
         prompts.append(prompt)
         for _ in range(G):
-            force(len(episodes), opening, 0)
             live = toolbox_for is not None and cfg.max_turns > 1
             functions = offered(row, toolbox_for(row)) if live else {}
-            episodes.append(Episode(row, functions, free=len(opening)))
+            episodes.append(Episode(row, functions, forced=list(opening)))
 
     with engine.sampling():
-        slots = list(range(N))                   # which episode each row of the engine's batch is
-        at = torch.arange(N, device=device)      # (S,) the same as a tensor
-        logits = engine.prefill(prompts, G, T)   # (S, V)
+        active = episodes  # the S episodes in the engine's batch
+        at = torch.arange(N, device=device)  # (S,) which of the N they are
+        logits = engine.prefill(prompts, G, T)  # (S, V)
         for t in range(T):
             choice, logp[at, t], entropy[at, t] = sample(logits, uniforms[at, t], cfg.temperature, greedy)
-            choice = torch.where(forced[at, t] < 0, choice, forced[at, t])     # (S,)
-            for i, token in zip(slots, choice.tolist()):  # the one wait for the device per token
-                episode = episodes[i]
-                if episode.ended:
-                    continue
-                episode.ids.append(token)
-                if token in chat.end_ids and t >= episode.free:
-                    follow = episode.end_turn(chat, cfg, closed=True)
-                    force(i, follow, t + 1)
-                    episode.ended = not follow
-            ended = [episodes[i].ended for i in slots]
+            chosen = choice.tolist()  # the one wait for the device per token
+            ids = [e.append(token, chat, cfg) for e, token in zip(active, chosen)]
+            ended = [e.ended for e in active]
             if t == T - 1 or all(ended):
                 break
+            if ids != chosen:
+                choice = torch.tensor(ids, device=device)  # (S,)
             if (kept := engine.drop(ended)) is not None:
-                slots = [slots[s] for s in kept]
-                at = torch.tensor(slots, device=device)
-                choice = choice[torch.tensor(kept, device=device)]
+                active = [active[s] for s in kept]
+                kept = torch.tensor(kept, device=device)
+                at, choice = at[kept], choice[kept]
             logits = engine.step(choice, t)
 
     for e in episodes:
-        if not e.ended and e.start < T:  # the turn that was cut is scored as it stands
+        if not e.ended and e.start < len(e.ids):  # the turn that was cut is scored as it stands
             e.end_turn(chat, cfg, closed=False)
     length = torch.tensor([len(e.ids) for e in episodes], device=device)
-    width = max(len(e.ids) for e in episodes)
-    tokens = torch.tensor([e.ids + [0] * (width - len(e.ids)) for e in episodes], device=device)
-    inside = torch.arange(width, device=device) < length[:, None]
-    sampled = inside & (forced[:, :width] < 0)
-    logp = torch.where(sampled, logp[:, :width], 0.0)
-    entropy = torch.where(sampled, entropy[:, :width], 0.0)
+    T = max(len(e.ids) for e in episodes)
+
+    def padded(lists):  # -> int64 [N, T]
+        return torch.tensor([x + [0] * (T - len(x)) for x in lists], device=device)
+
+    sampled = padded([e.sampled for e in episodes]).bool()
+    logp = torch.where(sampled, logp[:, :T], 0.0)
+    entropy = torch.where(sampled, entropy[:, :T], 0.0)
     if not bool((logp + entropy).isfinite().all()):
         raise FloatingPointError("the policy's logits are not finite: its weights have diverged")
     truncated = torch.tensor([not e.ended for e in episodes], device=device)
     return Rollout(
-        rows, prompts, G, tokens, sampled, logp, entropy, length, truncated,
+        rows, prompts, G, padded([e.ids for e in episodes]), sampled, logp, entropy, length, truncated,
         [e.turns for e in episodes], [e.texts for e in episodes], [e.refused for e in episodes],
         sum(e.tool_errors for e in episodes))
 
 def sample(logits, uniforms, temperature, greedy=False):
     """One token per row of softmax(logits [S, V] / temperature), where its cumulative distribution
     reaches uniforms [S] in [0, 1): ids int64 [S], logp and entropy (nats) float32 [S]."""
-    log_p = F.log_softmax(logits.float() / temperature, -1)   # (S, V)
-    p = log_p.exp()                                           # (S, V)
+    log_p = F.log_softmax(logits.float() / temperature, -1)  # (S, V)
+    p = log_p.exp()  # (S, V)
     if greedy:
-        ids = logits.argmax(-1)                               # (S,)
+        ids = logits.argmax(-1)  # (S,)
     else:
-        cdf = p.cumsum(-1)                                    # (S, V)
-        aim = uniforms[:, None] * cdf[:, -1:]                 # (S, 1)
+        cdf = p.cumsum(-1)  # (S, V)
+        aim = uniforms[:, None] * cdf[:, -1:]  # (S, 1)
         ids = torch.searchsorted(cdf, aim, right=True)[:, 0].clamp(max=p.shape[-1] - 1)
-    logp = log_p.gather(1, ids[:, None])[:, 0]                # (S,)
-    return ids, logp, torch.special.entr(p).sum(-1)           # entr(p) = -p log p, and 0 at p = 0
+    logp = log_p.gather(1, ids[:, None])[:, 0]  # (S,)
+    return ids, logp, torch.special.entr(p).sum(-1)  # entr(p) = -p log p, and 0 at p = 0
 
 # ---- regions ----
 
@@ -271,17 +273,16 @@ def token_regions(batch, chat):
     """region int64 [N, T], -1 where not sampled; covers bool [N, T, 6], all regions a token touches. The
     end of a turn is a tag. Departure: on the sampled ids themselves; the authors tokenise the decoded
     text again, which shifts labels where tokens are not canonical, and drop each span's last token."""
-    found = []  # (row, column, region)
     region = torch.full(batch.tokens.shape, -1)
+    covers = torch.zeros(*batch.tokens.shape, len(REGIONS), dtype=torch.bool)
     for i, (ids, turns) in enumerate(zip(batch.tokens.tolist(), batch.turns)):
         for start, end in turns:
             closed = ids[end - 1] in chat.end_ids
             regions = tag_regions([chat.text(token) for token in ids[start:end - closed]])
             regions += [[TAG]] * closed
             region[i, start:end] = torch.tensor([own for own, *_ in regions])
-            found += [(i, t, r) for t, touched in enumerate(regions, start) for r in touched]
-    covers = torch.zeros(*batch.tokens.shape, len(REGIONS), dtype=torch.bool)
-    covers[tuple(torch.tensor(found).T)] = True
+            touched = [(t, r) for t, found in enumerate(regions, start) for r in found]
+            covers[i][tuple(torch.tensor(touched).T)] = True
     region = torch.where(batch.sampled, region.to(batch.sampled.device), -1)
     return region, covers.to(region.device) & batch.sampled[..., None]
 
@@ -290,9 +291,9 @@ def token_regions(batch, chat):
 def region_entropy(batch):
     """H_avg float [6]: mean entropy (nats) of a region's sampled tokens in the batch, 0 if there are
     none; one for tag and scaffold, the paper's format."""
-    inside = batch.region[..., None] == torch.arange(6, device=batch.region.device)    # (N, T, 6)
-    inside[..., :NAME] = inside[..., :NAME].any(-1, keepdim=True)                      # tag or scaffold
-    total = (inside * batch.entropy.detach()[..., None]).sum((0, 1))                   # (6,)
+    inside = batch.region[..., None] == torch.arange(6, device=batch.region.device)  # (N, T, 6)
+    inside[..., :NAME] = inside[..., :NAME].any(-1, keepdim=True)  # tag or scaffold
+    total = (inside * batch.entropy.detach()[..., None]).sum((0, 1))  # (6,)
     return total / inside.sum((0, 1)).clamp(min=1)
 
 def raw_weights(entropy, kind="one-minus-exp", min_entropy=0.05):
@@ -320,8 +321,8 @@ def normalise_weights(weight, mask):
 
 def region_weights(batch, cfg, progress):
     """ResT's weight of each region [6]: raw weights of the region entropies, then the curriculum.
-    Departure: raw weights are divided by their token mean, so that constants mean the same at any entropy."""
-    raw = raw_weights(region_entropy(batch), cfg.raw_weight, cfg.min_entropy)        # (6,)
+    Departure: divided by their token mean first, so that constants mean the same at any entropy."""
+    raw = raw_weights(region_entropy(batch), cfg.raw_weight, cfg.min_entropy)  # (6,)
     raw = raw / raw[batch.region[batch.sampled]].mean()
     return curriculum(raw, progress, cfg)
 
@@ -342,7 +343,8 @@ def rest_official(batch, cfg, progress):
     tokens 0, so that nothing trains stopping, and weights only the first call of a block."""
     clock = 0.6 + 0.002 * round(progress * cfg.steps)
     constants = [1.0, 0.0, 1.2, min(1.2, clock), min(1.0, clock), 0.0]  # in the order of REGIONS
-    weight = (torch.tensor(constants, device=batch.covers.device) * batch.covers).amax(-1)  # (N, T)
+    weight = torch.tensor(constants, device=batch.covers.device) * batch.covers  # (N, T, 6)
+    weight = weight.amax(-1)  # (N, T)
     return normalise_weights(weight, batch.sampled & (weight > 0))
 
 def uniform(batch, cfg, progress):
@@ -373,8 +375,8 @@ def shuffled(batch, cfg, progress):
     """Control: ResT's weights, permuted among the tokens of each completion."""
     generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + round(progress * cfg.steps))
     key = torch.rand(batch.sampled.shape, generator=generator).to(batch.sampled.device)
-    source = torch.where(batch.sampled, key, 2.0).argsort(1)       # sampled columns, at random
-    target = (~batch.sampled).int().argsort(dim=1, stable=True)    # sampled columns, in order
+    source = torch.where(batch.sampled, key, 2.0).argsort(1)  # sampled columns, at random
+    target = (~batch.sampled).int().argsort(dim=1, stable=True)  # sampled columns, in order
     weight = rest_weights(batch, cfg, progress)
     return torch.zeros_like(weight).scatter(1, target, weight.gather(1, source))
 
@@ -613,13 +615,11 @@ def evaluate(engine, chat, rows, cfg, greedy=False, samples=1, seed=0, batch_row
 # ---- appendix: reading calls from text ----
 
 # bounds: reading takes linear time on any text, and nothing recurses deeply
-MAX_CALLS = 64      # of a turn; those behind them are one error
-MAX_CHARS = 2**14   # of a call
-MAX_DEPTH = 64      # of a value in a call
+MAX_CALLS = 64  # of a turn; those behind them are one error
+MAX_CHARS = 2**14  # of a call
+MAX_DEPTH = 64  # of a value in a call
 SPACE = re.compile(r"[ \t\r\n]*")
 OPENING_TAG = re.compile(r"<(think|tool_call|response)>")
-# an escaped half of a surrogate pair, which tokenizers refuse; group 1 is what only looks like one
-HALF_PAIR = re.compile(r"(\\\\|\\ud[89ab]..\\ud[c-f]..)|\\ud[89a-f][0-9a-f]{2}", re.I)
 
 class CallError(ValueError):
     """A call that cannot run; its text is what the model reads."""
@@ -635,6 +635,13 @@ class Call:
     name: str
     arguments: dict
 
+class Reading(NamedTuple):
+    """What was read at text[start:end] as one call."""
+    call: Call | MalformedCall
+    start: int
+    end: int
+    members: dict  # {key: (value, start, end)}; see scan_object
+
 @dataclass
 class Block:
     """<kind>inner</kind> at text[start:end]; unclosed, it runs to the end of the text."""
@@ -643,24 +650,23 @@ class Block:
     end: int
     inner: tuple  # (start, end) of what stands between the tags
     closed: bool
-    calls: list   # [(Call | MalformedCall, start, end, {key: (value, start, end)})]
+    calls: list  # of Reading
 
 def parse_calls(text):
-    """All calls of a completion in order, a MalformedCall for an unreadable one; never raises. Copies: a
-    tool may change what it is given.
+    """All calls of a completion in order, a MalformedCall for an unreadable one; never raises. Copies:
+    a tool may change what it is given.
     >>> parse_calls('<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>')
     [Call(name='f', arguments={'x': 1})]
     """
     return copy.deepcopy(_calls(text))
 
 def _calls(text):
-    return [call for block in split_blocks(text) for call, *_ in block.calls]
+    return [reading.call for block in split_blocks(text) for reading in block.calls]
 
 @lru_cache(maxsize=4096)
 def split_blocks(text):
     """A completion's blocks in order, read only: one scan for parser, reward and regions. A thought ends
-    at the first </think>, whatever it mentions; calls end at the first </tool_call> outside a JSON
-    string.
+    at the first </think>, whatever it mentions; calls end at the first </tool_call> outside a string.
     >>> [(b.kind, b.closed) for b in split_blocks("<think>use <tool_call>?</think><response>no")]
     [('think', True), ('response', False)]
     """
@@ -691,10 +697,10 @@ def label_chars(text):
     for block in split_blocks(text):
         fill(block.start, block.end, TAG)
         fill(*block.inner, inside[block.kind])
-        for _, _, stop, fields in block.calls:
-            for key, (value, start, end) in fields.items():
-                end = stop if end is None else end  # broken off: to the end of its line
-                if key == "name":  # its quotes are format
+        for reading in block.calls:
+            for key, (value, start, end) in reading.members.items():
+                end = reading.end if end is None else end
+                if key == "name":  # its quotes are scaffold
                     start += text[start:start + 1] == '"'
                     fill(start, end - isinstance(value, str), NAME)
                 elif key in ("arguments", "parameters"):
@@ -706,7 +712,7 @@ def _find(text, what, pos):
     return len(text) if found < 0 else found
 
 def _scan_calls(text, pos, room):
-    # the calls from pos on, and where the closing tag (or the text's end) stands
+    # the readings from pos on, and where the closing tag (or the text's end) stands
     calls = []
     while True:
         start = _skip(text, pos)
@@ -715,15 +721,16 @@ def _scan_calls(text, pos, room):
         if len(calls) == room:
             stop = _find(text, "</tool_call>", start)
             surplus = MalformedCall(f"more than {MAX_CALLS} calls in a turn")
-            return [*calls, (surplus, start, stop, {})], stop
-        fields, pos, error = scan_object(text, start)
+            return [*calls, Reading(surplus, start, stop, {})], stop
+        members, pos, error = scan_object(text, start)
         if error:  # go on with the next line or the closing tag
             pos = min(_find(text, "\n", start), _find(text, "</tool_call>", pos))
-        calls.append((MalformedCall(error) if error else _to_call(fields), start, pos, fields))
+        call = MalformedCall(error) if error else _to_call(members)
+        calls.append(Reading(call, start, pos, members))
 
-def _to_call(fields):
-    name = fields.get("name", ("",))[0]
-    arguments = [fields[key][0] for key in ("arguments", "parameters") if key in fields]
+def _to_call(members):
+    name = members.get("name", ("",))[0]
+    arguments = [members[key][0] for key in ("arguments", "parameters") if key in members]
     if isinstance(name, str) and name and len(arguments) == 1 and isinstance(arguments[0], dict):
         return Call(name, arguments[0])
     return MalformedCall('a call needs a "name" and one object of "arguments" (or "parameters")')
@@ -732,52 +739,57 @@ def scan_object(text, start):
     """The JSON object at text[start:]: {key: (value, start, end)}, its end, an error text or None. A
     member that breaks off has end None: its characters have a region too."""
     call = text[start:start + MAX_CHARS] + "\0"  # not JSON: whatever is open ends there
-    call = HALF_PAIR.sub(lambda match: match[1] or r"\ufffd", call)  # as long: positions stay
-    fields = {}
+    members = {}
     pos = 0
     try:
         if call[0] != "{":
             raise ValueError("a call starts with '{'")
         pos = _skip(call, 1)
         while call[pos] != "}":
-            if fields:
+            if members:
                 if call[pos] != ",":
                     raise ValueError("expected ',' or '}'")
                 pos = _skip(call, pos + 1)
             key, pos = JSON_DECODER.raw_decode(call, pos)
+            key = _checked(key)
             pos = _skip(call, pos)
-            if not isinstance(key, str) or key in fields or call[pos] != ":":
+            if not isinstance(key, str) or key in members or call[pos] != ":":
                 raise ValueError(f"bad or repeated key {str(key)[:40]!r}")
             pos = _skip(call, pos + 1)
-            fields[key] = (None, start + pos, None)
+            members[key] = (None, start + pos, None)
             value, end = JSON_DECODER.raw_decode(call, pos)
-            if _depth(value) > MAX_DEPTH:
-                raise ValueError(f"nested more than {MAX_DEPTH} deep")
-            fields[key] = (value, start + pos, start + end)
+            members[key] = (_checked(value), start + pos, start + end)
             pos = _skip(call, end)
     except (ValueError, RecursionError) as reason:
-        return fields, start + pos, f"not valid JSON: {str(reason)[:100]}"
-    return fields, start + pos + 1, None
+        return members, start + pos, f"not valid JSON: {str(reason)[:100]}"
+    return members, start + pos + 1, None
 
 def _skip(text, pos):
     return SPACE.match(text, pos).end()
 
-def _depth(value):
-    inner = value.values() if isinstance(value, dict) else value
-    return 1 + max(map(_depth, inner), default=0) if isinstance(value, (dict, list)) else 1
-
-def _number(token):
-    if not math.isfinite(float(token)):
-        raise ValueError(f"{token[:40]} is no number of JSON")
-    return float(token)
-
 def _object(pairs):
-    if len(dict(pairs)) < len(pairs):
+    members = {valid_text(key): value for key, value in pairs}
+    if len(members) < len(pairs):
         raise ValueError(f"a key twice in {str([key for key, _ in pairs])[:60]}")
-    return dict(pairs)
+    return members
 
-JSON_DECODER = json.JSONDecoder(
-    parse_constant=_number, parse_float=_number, object_pairs_hook=_object)
+JSON_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+def _checked(value, depth=1):
+    # the value with valid texts; what is too deep or NaN or infinite is an error
+    if depth > MAX_DEPTH:
+        raise ValueError(f"nested more than {MAX_DEPTH} deep")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is no number of JSON")
+    if isinstance(value, dict):
+        return {key: _checked(inner, depth + 1) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_checked(inner, depth + 1) for inner in value]
+    return valid_text(value) if isinstance(value, str) else value
+
+def valid_text(text):
+    """The text with U+FFFD for each half of a surrogate pair: JSON has these, tokenizers refuse them."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 def same_value(a, b):
     """JSON equality: 1 equals 1.0, but True is not 1."""
@@ -786,10 +798,6 @@ def same_value(a, b):
     if isinstance(a, list) and isinstance(b, list):
         return len(a) == len(b) and all(map(same_value, a, b))
     return isinstance(a, bool) == isinstance(b, bool) and a == b
-
-def valid_text(text):
-    """The text with U+FFFD for each half of a surrogate pair: JSON has these, tokenizers refuse them."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 # ---- appendix: tool executor ----
 
@@ -807,12 +815,13 @@ def execute(calls, functions, timeout=2.0, max_chars=1000):
         thread.start()
         thread.join(max(0.0, min(timeout, deadline - time.monotonic())))
         result = outcome[0]
-        error = isinstance(result, Exception)
-        refused += isinstance(result, CallError)
-        failed += error and not isinstance(result, CallError)
-        if error and not isinstance(result, (ValueError, TimeoutError)):
-            warn_once(f"the tool {call.name} failed, which is no fault of the model: {result!r}")
-        text = f"error: {result}" if error else result
+        text = result
+        if isinstance(result, Exception):
+            text = f"error: {result}"
+            refused += isinstance(result, CallError)
+            failed += not isinstance(result, CallError)
+            if not isinstance(result, (ValueError, TimeoutError)):
+                warn_once(f"the tool {call.name} failed, which is no fault of the model: {result!r}")
         text = valid_text(text)
         texts.append(text if len(text) <= max_chars else text[:max_chars] + " … (cut)")
     return texts, refused, failed
@@ -888,12 +897,12 @@ class Chat:
 # ---- appendix: how the model is run ----
 
 class Engine:
-    """The plain way to run a causal language model: its own forward, cache and logits, each prompt repeated
-    for its completions. toy_tools/fast.py has one that keeps a group's prompt once."""
+    """The plain way to run a causal language model: its own forward, cache and logits, each prompt
+    repeated for its completions. toy_tools/fast.py has one that keeps a group's prompt once."""
 
     def __init__(self, model):
         self.model = model
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # an adapter's base
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # an adapter's
         self.accepts = set(inspect.signature(inner.forward).parameters)
         self.cache_name = "cache" if "cache" in self.accepts else "past_key_values"  # since 5.24
 
@@ -921,30 +930,28 @@ class Engine:
 
     def prefill(self, prompts, group, max_tokens):
         """Begin S = P*group rows behind their prompts (P id lists): logits [S, V] of the first token."""
-        ids, mask = left_pad([ids for ids in prompts for _ in range(group)], self.device)   # (S, Lp)
-        self.mask = mask
-        self.count = mask.sum(1, keepdim=True)                                              # (S, 1)
+        ids, self.mask = left_pad([ids for ids in prompts for _ in range(group)], self.device)  # (S, Lp)
         self.cache = None
-        return self._forward(ids, (mask.cumsum(1) - 1).clamp(min=0))
+        return self._forward(ids)
 
     def step(self, ids, t):
         """Feed ids int64 [S] of column t: logits [S, V] of column t + 1, valid until the next step."""
         self.mask = F.pad(self.mask, (0, 1), value=True)
-        return self._forward(ids[:, None], self.count + t)
+        return self._forward(ids[:, None])
 
-    def _forward(self, ids, positions):
+    def _forward(self, ids):
         layers = getattr(self.cache, "layers", [])
         # state space models would read the mask as that of the tokens fed, not of all so far
         masked = self.cache is None or any(hasattr(layer, "keys") for layer in layers)
-        out = self._run(ids, self.mask if masked else None, positions, use_cache=True, logits_to_keep=1,
-                        **{self.cache_name: self.cache})
+        options = {self.cache_name: self.cache, "use_cache": True, "logits_to_keep": 1}
+        out = self._run(ids, self.mask, masked, **options)
         self.cache = out[self.cache_name]
         return out.logits[:, -1]
 
-    def _run(self, ids, mask, positions, **options):
-        """The model's own forward, given what it accepts."""
-        mask = None if mask is None else mask.long()
-        options |= {"attention_mask": mask, "position_ids": positions}
+    def _run(self, ids, mask, masked=True, **options):
+        """The model's own forward of the last columns of mask [S, L], given what it accepts."""
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+        options |= {"position_ids": positions, "attention_mask": mask.long() if masked else None}
         options = {name: value for name, value in options.items() if name in self.accepts}
         return self.model(input_ids=ids, **options)
 
@@ -957,11 +964,10 @@ class Engine:
         rows = torch.tensor(keep, device=self.device)
         self.cache.batch_select_indices(rows)
         self.mask = self.mask[rows]
-        self.count = self.count[rows]
         return keep
 
     def _can_drop(self):
-        """Whether the cache is keys and values alone: recurrent states do not leave it."""
+        # whether the cache is keys and values alone: recurrent states do not leave it
         layers = getattr(self.cache, "layers", None)
         if layers is None:
             return hasattr(self.cache, "batch_select_indices")
@@ -991,13 +997,13 @@ class Engine:
         """logp float32 [n, T] of the completions in these rows, with gradient; T is that of the longest.
         What stands behind a completion is padding, never seen by what precedes it."""
         T = max(batch.length[rows].tolist())
-        ids, mask = left_pad([batch.prompts[i // batch.group] for i in rows], self.device)  # (n, Lp)
-        completions = batch.tokens[rows, :T]                                                # (n, T)
-        mask = F.pad(mask, (0, T), value=True)                                              # (n, Lp+T)
+        prompts, mask = left_pad([batch.prompts[i // batch.group] for i in rows], self.device)  # (n, Lp)
+        completions = batch.tokens[rows, :T]  # (n, T)
+        ids = torch.cat([prompts, completions], 1)  # (n, Lp+T)
+        mask = F.pad(mask, (0, T), value=True)  # (n, Lp+T)
         with autocast(self.model):
-            logits = self._run(torch.cat([ids, completions], 1), mask, (mask.cumsum(1) - 1).clamp(min=0),
-                               use_cache=False, logits_to_keep=T + 1).logits
-            logits = logits[:, -T - 1:-1].flatten(0, 1)      # (n*T, V), logits at t-1 predict token t
+            logits = self._run(ids, mask, use_cache=False, logits_to_keep=T + 1).logits
+            logits = logits[:, -T - 1:-1].flatten(0, 1)  # (n*T, V), those at t-1 predict token t
             return token_logps(logits, completions.flatten(), temperature).view(-1, T)
 
     def backward(self, loss):
@@ -1008,7 +1014,7 @@ def token_logps(logits, targets, temperature):
     return -F.cross_entropy(logits.float() / temperature, targets, reduction="none")
 
 def left_pad(prompts, device):
-    """P id lists -> ids int64 [P, Lp], mask bool [P, Lp]; the last prompt token stands in the last column."""
+    """P id lists -> ids int64 [P, Lp], mask bool [P, Lp]; the last column holds their last tokens."""
     width = max(map(len, prompts))
     count = torch.tensor([len(ids) for ids in prompts], device=device)
     ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=device)

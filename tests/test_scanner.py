@@ -449,7 +449,7 @@ def steps_of(text, monkeypatch):
         steps = Steps()
         text = Text(text)
         text.steps = steps
-        for name in ("SPACE", "OPENING_TAG", "HALF_PAIR"):
+        for name in ("SPACE", "OPENING_TAG"):
             patch.setattr(rest, name, Pattern(getattr(rest, name), steps))
         patch.setattr(rest, "JSON_DECODER", Decoder(rest.JSON_DECODER, steps))
         patch.setattr(rest, "MAX_CHARS", 1000)  # smaller bounds show at smaller texts
