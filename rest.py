@@ -151,7 +151,7 @@ class Episode:
         self.sampled.append(not forced)
         if token in chat.end_ids and not forced:
             self.end_turn(chat, cfg, closed=True)
-            self.ended = not self.forced
+            self.ended = not self.forced  # no tool has answered
         return token
 
     def end_turn(self, chat, cfg, closed):
@@ -281,9 +281,8 @@ def token_regions(batch, chat):
             closed = ids[end - 1] in chat.end_ids
             regions = tag_regions([chat.text(token) for token in ids[start:end - closed]])
             regions += [[TAG]] * closed
-            region[i, start:end] = torch.tensor([own for own, *_ in regions])
-            touched = [(t, r) for t, found in enumerate(regions, start) for r in found]
-            covers[i][tuple(torch.tensor(touched).T)] = True
+            region[i, start:end] = torch.tensor([found[0] for found in regions])
+            covers[i, start:end] = torch.tensor([[r in found for r in range(6)] for found in regions])
     region = torch.where(batch.sampled, region.to(batch.sampled.device), -1)
     return region, covers.to(region.device) & batch.sampled[..., None]
 
