@@ -6,27 +6,27 @@
     A_i    = (r_i - group mean) / (group std + delta)   advantage of completion i in its group
     w_it                                                token weight, mean 1 in each completion
 
-GRPO without KL and reference model, times w (w = 1 is GRPO). Every sampled token lies in a region, whose
-weight falls with its mean policy entropy; over the run a curriculum moves weight from structure to reasoning.
+GRPO without KL, times w (w = 1 is GRPO). Every sampled token lies in a region, whose weight falls
+with its mean policy entropy; over the run a curriculum moves weight from structure to reasoning.
 One completion and its regions (the paper's "format" is tag and scaffold together):
 
-    <think>Oslo, so get_weather.</think>                         tag  thought  tag
-    <tool_call>                                                  tag
-    {"name": "get_weather", "arguments": {"city": "Oslo"}}       scaffold  name  scaffold  params  scaffold
-    </tool_call><|im_end|>                                       tag  tag, the end of the turn: trained too
+    <think>Oslo, so get_weather.</think>                    tag  thought  tag
+    <tool_call>                                             tag
+    {"name": "get_weather", "arguments": {"city": "Oslo"}}  scaffold name scaffold params scaffold
+    </tool_call><|im_end|>                                  tag  tag, the turn's end: trained too
 
-One sample's life, the order of this file (P prompts, G completions each, N = P*G, T tokens, V words):
+One sample's life, the order of this file (P prompts, G completions each, N = P*G, T tokens, V ids):
 
-    row {messages, tools, gold} -> prompt ids               Chat.prompt
-    -> tokens, sampled mask, logp_old, entropy     [N, T]   rollout
-    -> region of every sampled token               [N, T]   token_regions
-    -> region entropy [6] -> token weight          [N, T]   WEIGHTS[method]
-    -> reward [N] -> advantage                     [P, G]   score_texts, episode_reward, group_advantages
-    -> logp with gradient                          [N, T]   Engine.logps
-    -> scalar loss -> optimiser step                        policy_loss, update
+    row {messages, tools, gold} -> prompt ids          Chat.prompt
+    -> tokens, sampled mask, logp_old, entropy [N, T]  rollout
+    -> region of every sampled token [N, T]            token_regions
+    -> region entropy [6] -> token weight [N, T]       WEIGHTS[method]
+    -> reward [N] -> advantage [P, G]                  score_texts, episode_reward, group_advantages
+    -> logp with gradient [N, T]                       Engine.logps
+    -> scalar loss -> optimiser step                   policy_loss, update
 
-Behind that: calls, their execution, `Chat` and `Engine`, of which toy_tools/ has a hardened and a fast one.
-"Departure" says where paper, authors' code and this file differ.
+Behind that stand reading and running calls, `Chat` and `Engine`; toy_tools/ has a hardened Chat and a
+fast Engine. "Departure" says where paper, authors' code and this file differ.
 """
 
 import asyncio
@@ -42,14 +42,16 @@ from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 # ---- configuration ----
 
-BOUNDS = {"above 0": lambda x: x > 0, "at least 0": lambda x: x >= 0, "at least 1": lambda x: x >= 1,
-          "at least 2": lambda x: x >= 2, "in (0, 1)": lambda x: 0 < x < 1, "in (0, 1]": lambda x: 0 < x <= 1}
+BOUNDS = {
+    "above 0": lambda x: x > 0, "in (0, 1)": lambda x: 0 < x < 1, "in (0, 1]": lambda x: 0 < x <= 1,
+    "at least 0": lambda x: x >= 0, "at least 1": lambda x: x >= 1, "at least 2": lambda x: x >= 2}
 
 def knob(default, text, bound=None):
     """A field with its help text and its bound, a key of BOUNDS."""
@@ -58,21 +60,21 @@ def knob(default, text, bound=None):
 @dataclass
 class Config:
     """The algorithm's constants. Raises ValueError with a sentence for what cannot be."""
-    method: str = knob("rest", "How tokens are weighted: a name in rest.WEIGHTS.")
-    reward_scaling: str = knob("dynamic", "dynamic: parts rescaled with progress; static: ToolRL's.")
+    method: str = knob("rest", "Weighting of tokens: a name in rest.WEIGHTS.")
+    reward_scaling: str = knob("dynamic", "dynamic: parts move with progress; static: ToolRL's.")
     raw_weight: str = knob("one-minus-exp", "one-minus-exp: 1/(1-exp(-H)); inverse: 1/H.")
-    min_entropy: float = knob(0.05, "Lower bound of entropies, in nats.", "above 0")
+    min_entropy: float = knob(0.05, "Lower bound of entropies (nats).", "above 0")
     alpha_format: float = knob(0.5, "Weight that format loses in the run.", "at least 0")
-    alpha_params: float = knob(0.5, "Weight that parameters gain in it.", "at least 0")
-    alpha_thought: float = knob(0.5, "Weight that thoughts gain in it.", "at least 0")
+    alpha_params: float = knob(0.5, "Weight that parameters gain.", "at least 0")
+    alpha_thought: float = knob(0.5, "Weight that thoughts gain.", "at least 0")
     weight_min: float = knob(0.2, "Lower bound of format's weight.", "at least 0")
     weight_max: float = knob(5.0, "Upper bound of the two others.", "at least 0")
     top_entropy_fraction: float = knob(0.2, "Share of tokens that top-entropy trains.", "in (0, 1]")
-    steps: int = knob(100, "Steps; progress is step/steps. 0: warm start only.", "at least 0")
+    steps: int = knob(100, "Steps; progress is step/steps. 0: no training.", "at least 0")
     prompts: int = knob(16, "Prompts per step (P).", "at least 1")
-    group: int = knob(8, "Completions per prompt (G), compared with one another.", "at least 2")
-    max_completion_tokens: int = knob(160, "Tokens of an episode, tool results included.", "at least 1")
-    max_turns: int = knob(1, "Turns of an episode; above 1, calls run between them.", "at least 1")
+    group: int = knob(8, "Completions per prompt (G).", "at least 2")
+    max_completion_tokens: int = knob(160, "Tokens of an episode, with tool results.", "at least 1")
+    max_turns: int = knob(1, "Turns of an episode; calls run between them.", "at least 1")
     temperature: float = knob(1.0, "Of sampling, logp and entropy.", "above 0")
     clip: float = knob(0.2, "epsilon of the clipped ratio.", "in (0, 1)")
     delta: float = knob(1e-4, "Added to the group's standard deviation.", "at least 0")
@@ -80,179 +82,180 @@ class Config:
     passes: int = knob(1, "Optimiser steps on each rollout batch.", "at least 1")
     micro_batch_tokens: int = knob(4096, "Tokens per forward: memory, not gradient.", "at least 1")
     learning_rate: float = knob(5e-4, "Peak of AdamW's; about 1e-6 for a real --model.", "above 0")
-    warmup_steps: int = knob(5, "Linear warm-up; then linear decay to a tenth.", "at least 0")
+    warmup_steps: int = knob(5, "Linear warm-up, then decay to a tenth.", "at least 0")
     weight_decay: float = knob(0.0, "AdamW weight decay.", "at least 0")
-    max_grad_norm: float = knob(1.0, "Gradient norm is clipped to this.", "above 0")
+    max_grad_norm: float = knob(1.0, "Bound of the gradient norm.", "above 0")
     tool_timeout: float = knob(2.0, "Seconds a tool may take.", "above 0")
     seed: int = knob(0, "Seed of data order and sampling.", "at least 0")
 
     def __post_init__(self):
-        self.aggregation = self.aggregation or ("constant" if self.method == "dr-grpo" else "sequence")
-        names = {"method": WEIGHTS, "reward_scaling": ("dynamic", "static"),
-                 "raw_weight": ("one-minus-exp", "inverse"), "aggregation": ("sequence", "token", "constant")}
+        if not self.aggregation:
+            self.aggregation = "constant" if self.method == "dr-grpo" else "sequence"
+        names = {"method": WEIGHTS, "aggregation": ("sequence", "token", "constant"),
+                 "reward_scaling": ("dynamic", "static"), "raw_weight": ("one-minus-exp", "inverse")}
         for option in fields(self):
-            value = getattr(self, option.name)
-            allowed = names.get(option.name, [value])
-            bound = option.metadata["bound"]
-            if value not in allowed:
-                raise ValueError(f"{option.name} must be one of {', '.join(allowed)}, not {value!r}")
+            name, bound, value = option.name, option.metadata["bound"], getattr(self, option.name)
+            if name in names and value not in names[name]:
+                raise ValueError(f"{name} must be one of {', '.join(names[name])}, not {value!r}")
             if bound and not (math.isfinite(value) and BOUNDS[bound](value)):
-                raise ValueError(f"{option.name} must be a number {bound}, not {value}")
+                raise ValueError(f"{name} must be a number {bound}, not {value}")
         if self.weight_max < self.weight_min:
-            raise ValueError(f"weight_max, {self.weight_max}, lies below weight_min, {self.weight_min}")
+            raise ValueError(f"weight_max {self.weight_max} is below weight_min {self.weight_min}")
 
 # ---- rollout ----
 
 @dataclass
 class Rollout:
     """N = P*G completions, those of prompt p in rows p*G … p*G+G-1; right-padded to T columns."""
-    rows: list                   # the P rows
-    prompts: list                # P lists of prompt ids
-    group: int                   # G
-    tokens: torch.Tensor         # int64 [N, T], exactly the ids that were sampled or forced
-    sampled: torch.Tensor        # bool [N, T], where the policy chose; False at tool results and padding
-    logp: torch.Tensor           # float32 [N, T], of the distribution sampled from; 0 where not sampled
-    entropy: torch.Tensor        # float32 [N, T], nats, of the same; 0 where not sampled
-    length: torch.Tensor         # int64 [N], sampled and forced tokens
-    truncated: torch.Tensor      # bool [N], ran out of max_completion_tokens
-    turns: list                  # per episode: [(start, end)] columns of each assistant turn
-    texts: list                  # per episode: each turn's text, without its end-of-turn token
-    refused: list = None         # per episode: calls that the executor refused
-    tool_errors: int = 0         # calls in which a tool failed
+    rows: list  # the P rows
+    prompts: list  # P lists of prompt ids
+    group: int  # G
+    tokens: torch.Tensor  # int64 [N, T], the ids as sampled or forced
+    sampled: torch.Tensor  # bool [N, T], chosen by the policy: neither tool results nor padding
+    logp: torch.Tensor  # float32 [N, T], at the sampling temperature; 0 where not sampled
+    entropy: torch.Tensor  # float32 [N, T], nats; the same
+    length: torch.Tensor  # int64 [N], sampled and forced tokens
+    truncated: torch.Tensor  # bool [N], ran out of max_completion_tokens
+    turns: list  # per episode: [(start, end)] columns of each assistant turn
+    texts: list  # per episode: each turn's text, without its end-of-turn token
+    refused: list = None  # per episode: calls that the executor refused
+    tool_errors: int = 0  # calls in which a tool failed
     region: torch.Tensor = None  # int64 [N, T], -1 where not sampled; see token_regions
     covers: torch.Tensor = None  # bool [N, T, 6]; the same
-    scores: list = None          # N (format, correctness or None, exact); see score_texts
+    scores: list = None  # N (format, correctness or None, exact); see score_texts
     advantages: torch.Tensor = None  # float [N]
 
-@dataclass
 class Episode:
     """A completion while it is sampled; between its turns its tools answer."""
-    row: dict
-    functions: dict                          # {name: callable} of its own box; empty: no call runs
-    free: int                                # column from which on the policy chooses in this turn
-    start: int = 0                           # column where this turn begins
-    ended: bool = False
-    ids: list = field(default_factory=list)  # sampled and forced
-    turns: list = field(default_factory=list)
-    texts: list = field(default_factory=list)
-    refused: int = 0
-    tool_errors: int = 0
+
+    def __init__(self, row, functions, opening):
+        self.row = row
+        self.functions = functions  # {name: callable} of its own box; empty: no call runs
+        self.forced = list(opening)  # ids that come next, whatever the policy would choose
+        self.ids = []
+        self.sampled = []  # for each id, whether the policy chose it
+        self.start = 0  # column where this turn begins
+        self.turns = []
+        self.texts = []
+        self.refused = 0
+        self.tool_errors = 0
+        self.ended = False
+
+    def append(self, choice, chat, cfg):
+        """Append the forced id, or the policy's choice, which may end the turn -> the id."""
+        if self.ended:
+            return choice
+        forced = bool(self.forced)
+        token = self.forced.pop(0) if forced else choice
+        self.ids.append(token)
+        self.sampled.append(not forced)
+        if token in chat.end_ids and not forced:
+            self.end_turn(chat, cfg, closed=True)
+            self.ended = not self.forced  # no tool has answered
+        return token
 
     def end_turn(self, chat, cfg, closed):
-        """The turn ends here, by an end-of-turn token if `closed`, and its calls run -> the ids that
-        follow it and open the next turn; none at the end of the episode."""
+        """End the turn, by an end-of-turn token if `closed`, and run its calls: results are forced."""
         text = chat.decode(self.ids[self.start:len(self.ids) - closed])
         self.turns.append((self.start, len(self.ids)))
         self.texts.append(text)
         more = closed and self.functions and len(self.turns) < cfg.max_turns
         calls = parse_calls(text) if more else []
-        if not calls:
-            return []
-        results, refused, errors = execute(calls, self.functions, cfg.tool_timeout)
-        self.refused += refused
-        self.tool_errors += errors
-        reply, opening = chat.reply(self.row, results, self.ids[-1])
-        self.start = len(self.ids) + len(reply)
-        self.free = self.start + len(opening)
-        return reply + opening
+        if calls:
+            results, refused, errors = execute(calls, self.functions, cfg.tool_timeout)
+            self.refused += refused
+            self.tool_errors += errors
+            reply, opening = chat.reply(self.row, results, self.ids[-1])
+            self.start = len(self.ids) + len(reply)
+            self.forced = reply + opening
 
 @torch.no_grad()
 def rollout(engine, chat, rows, cfg, seed=0, group=None, greedy=False, toolbox_for=None):
-    """Sample `group` (default cfg.group) completions for each row -> Rollout, without regions. All
-    episodes advance one token a step, sampled or forced: nothing is tokenised twice. Each has its own
-    uniforms: what it samples does not depend on the others. If cfg.max_turns > 1, toolbox_for(row) gives
-    each a box with the `.functions` of its calls. Raises ValueError if one is missing,
+    """Sample `group` (default cfg.group) completions of each row -> Rollout, without regions. Each has
+    its own uniforms: what it samples does not depend on others. If cfg.max_turns > 1, its calls run the
+    `.functions` of its own box, toolbox_for(row). Raises ValueError if a function is missing,
     FloatingPointError if logits are not finite."""
     G = group or cfg.group
-    T = cfg.max_completion_tokens
-    N = len(rows) * G
+    N, T = len(rows) * G, cfg.max_completion_tokens
     device = engine.device
-    uniforms = torch.rand(N, T, generator=torch.Generator().manual_seed(seed)).clamp_(max=1 - 1e-6).to(device)
-    forced = torch.full((N, T), -1, device=device)  # ids that the policy does not choose; -1: it chooses
+    uniforms = torch.rand(N, T, generator=torch.Generator().manual_seed(seed))
+    uniforms = uniforms.clamp_(max=1 - 1e-6).to(device)
     logp, entropy = torch.zeros(2, N, T, device=device)
-
-    def force(i, ids, column):
-        ids = ids[:T - column]
-        if ids:
-            forced[i, column:column + len(ids)] = torch.tensor(ids, device=device)
-
     prompts = []
     episodes = []
     for row in rows:
         prompt, opening = chat.prompt(row)
         prompts.append(prompt)
         for _ in range(G):
-            force(len(episodes), opening, 0)
             live = toolbox_for is not None and cfg.max_turns > 1
             functions = offered(row, toolbox_for(row)) if live else {}
-            episodes.append(Episode(row, functions, free=len(opening)))
+            episodes.append(Episode(row, functions, opening))
 
     with engine.sampling():
-        slots = list(range(N))                   # which episode each row of the engine's batch is
-        at = torch.arange(N, device=device)      # (S,) the same as a tensor
-        logits = engine.prefill(prompts, G, T)   # (S, V)
+        active = episodes  # the S episodes in the engine's batch
+        at = torch.arange(N, device=device)  # (S,) which of the N they are
+        logits = engine.prefill(prompts, G, T)  # (S, V)
         for t in range(T):
-            choice, logp[at, t], entropy[at, t] = sample(logits, uniforms[at, t], cfg.temperature, greedy)
-            choice = torch.where(forced[at, t] < 0, choice, forced[at, t])     # (S,)
-            for i, token in zip(slots, choice.tolist()):  # the one wait for the device per token
-                episode = episodes[i]
-                if episode.ended:
-                    continue
-                episode.ids.append(token)
-                if token in chat.end_ids and t >= episode.free:
-                    follow = episode.end_turn(chat, cfg, closed=True)
-                    force(i, follow, t + 1)
-                    episode.ended = not follow
-            ended = [episodes[i].ended for i in slots]
+            choice, logp[at, t], entropy[at, t] = sample(
+                logits, uniforms[at, t], cfg.temperature, greedy)
+            chosen = choice.tolist()  # the one wait for the device per token
+            ids = [e.append(token, chat, cfg) for e, token in zip(active, chosen)]
+            ended = [e.ended for e in active]
             if t == T - 1 or all(ended):
                 break
+            if ids != chosen:
+                choice = torch.tensor(ids, device=device)  # (S,)
             if (kept := engine.drop(ended)) is not None:
-                slots = [slots[s] for s in kept]
-                at = torch.tensor(slots, device=device)
-                choice = choice[torch.tensor(kept, device=device)]
+                active = [active[s] for s in kept]
+                kept = torch.tensor(kept, device=device)
+                at, choice = at[kept], choice[kept]
             logits = engine.step(choice, t)
 
     for e in episodes:
-        if not e.ended and e.start < T:  # the turn that was cut is scored as it stands
+        if not e.ended and e.start < len(e.ids):  # the turn that was cut is scored as it stands
             e.end_turn(chat, cfg, closed=False)
-    length = torch.tensor([len(e.ids) for e in episodes], device=device)
-    width = max(len(e.ids) for e in episodes)
-    tokens = torch.tensor([e.ids + [0] * (width - len(e.ids)) for e in episodes], device=device)
-    inside = torch.arange(width, device=device) < length[:, None]
-    sampled = inside & (forced[:, :width] < 0)
-    logp = torch.where(sampled, logp[:, :width], 0.0)
-    entropy = torch.where(sampled, entropy[:, :width], 0.0)
+    T = max(len(e.ids) for e in episodes)
+
+    def padded(lists):  # -> int64 [N, T]
+        return torch.tensor([x + [0] * (T - len(x)) for x in lists], device=device)
+
+    tokens = padded([e.ids for e in episodes])
+    sampled = padded([e.sampled for e in episodes]).bool()
+    logp = torch.where(sampled, logp[:, :T], 0.0)
+    entropy = torch.where(sampled, entropy[:, :T], 0.0)
     if not bool((logp + entropy).isfinite().all()):
         raise FloatingPointError("the policy's logits are not finite: its weights have diverged")
+    length = torch.tensor([len(e.ids) for e in episodes], device=device)
     truncated = torch.tensor([not e.ended for e in episodes], device=device)
     return Rollout(
         rows, prompts, G, tokens, sampled, logp, entropy, length, truncated,
-        [e.turns for e in episodes], [e.texts for e in episodes], [e.refused for e in episodes],
-        sum(e.tool_errors for e in episodes))
+        turns=[e.turns for e in episodes], texts=[e.texts for e in episodes],
+        refused=[e.refused for e in episodes], tool_errors=sum(e.tool_errors for e in episodes))
 
 def sample(logits, uniforms, temperature, greedy=False):
     """One token per row of softmax(logits [S, V] / temperature), where its cumulative distribution
     reaches uniforms [S] in [0, 1): ids int64 [S], logp and entropy (nats) float32 [S]."""
-    log_p = F.log_softmax(logits.float() / temperature, -1)   # (S, V)
-    p = log_p.exp()                                           # (S, V)
+    log_p = F.log_softmax(logits.float() / temperature, -1)  # (S, V)
+    p = log_p.exp()  # (S, V)
     if greedy:
-        ids = logits.argmax(-1)                               # (S,)
+        ids = logits.argmax(-1)  # (S,)
     else:
-        cdf = p.cumsum(-1)                                    # (S, V)
-        aim = uniforms[:, None] * cdf[:, -1:]                 # (S, 1)
+        cdf = p.cumsum(-1)  # (S, V)
+        aim = uniforms[:, None] * cdf[:, -1:]  # (S, 1)
         ids = torch.searchsorted(cdf, aim, right=True)[:, 0].clamp(max=p.shape[-1] - 1)
-    logp = log_p.gather(1, ids[:, None])[:, 0]                # (S,)
-    return ids, logp, torch.special.entr(p).sum(-1)           # entr(p) = -p log p, and 0 at p = 0
+    logp = log_p.gather(1, ids[:, None])[:, 0]  # (S,)
+    return ids, logp, torch.special.entr(p).sum(-1)  # entr(p) = -p log p, and 0 at p = 0
 
 # ---- regions ----
 
 REGIONS = ("tag", "scaffold", "name", "params", "thought", "text")
 TAG, SCAFFOLD, NAME, PARAMS, THOUGHT, TEXT = range(6)
-PAPER_REGIONS = {"format": (TAG, SCAFFOLD), "name": (NAME,), "params": (PARAMS,), "thought": (THOUGHT,),
-                 "text": (TEXT,)}  # only the authors' constants tell tag and scaffold apart
+PAPER_REGIONS = {  # only the authors' constants tell tag and scaffold apart
+    "format": (TAG, SCAFFOLD), "name": (NAME,), "params": (PARAMS,), "thought": (THOUGHT,),
+    "text": (TEXT,)}
 
 def tag_regions(pieces):
-    """For each token of a turn, given its own text, the regions of its visible characters in order: the
+    """For each token of a turn, given as text, the regions of its visible characters in order: the
     first is its own. A blank token takes the region it stands in.
     >>> tag_regions(['<think>', 'hm', '</think>'])
     [[0], [4], [0]]
@@ -268,31 +271,29 @@ def tag_regions(pieces):
     return regions
 
 def token_regions(batch, chat):
-    """region int64 [N, T], -1 where not sampled; covers bool [N, T, 6], all regions a token touches. The
-    end of a turn is a tag. Departure: on the sampled ids themselves; the authors tokenise the decoded
-    text again, which shifts labels where tokens are not canonical, and drop each span's last token."""
-    found = []  # (row, column, region)
+    """region int64 [N, T], -1 where not sampled; covers bool [N, T, 6], all regions a token touches.
+    Departure: of the sampled ids; the authors tokenise the decoded text again, which shifts labels
+    where tokens are not canonical, and drop each span's last token."""
     region = torch.full(batch.tokens.shape, -1)
+    covers = torch.zeros(*batch.tokens.shape, len(REGIONS), dtype=torch.bool)
     for i, (ids, turns) in enumerate(zip(batch.tokens.tolist(), batch.turns)):
         for start, end in turns:
             closed = ids[end - 1] in chat.end_ids
             regions = tag_regions([chat.text(token) for token in ids[start:end - closed]])
             regions += [[TAG]] * closed
-            region[i, start:end] = torch.tensor([own for own, *_ in regions])
-            found += [(i, t, r) for t, touched in enumerate(regions, start) for r in touched]
-    covers = torch.zeros(*batch.tokens.shape, len(REGIONS), dtype=torch.bool)
-    covers[tuple(torch.tensor(found).T)] = True
+            region[i, start:end] = torch.tensor([found[0] for found in regions])
+            covers[i, start:end] = torch.tensor([[r in found for r in range(6)] for found in regions])
     region = torch.where(batch.sampled, region.to(batch.sampled.device), -1)
     return region, covers.to(region.device) & batch.sampled[..., None]
 
 # ---- token weights: the heart of ResT ----
 
 def region_entropy(batch):
-    """H_avg float [6]: mean entropy (nats) of a region's sampled tokens in the batch, 0 if there are
-    none; one for tag and scaffold, the paper's format."""
-    inside = batch.region[..., None] == torch.arange(6, device=batch.region.device)    # (N, T, 6)
-    inside[..., :NAME] = inside[..., :NAME].any(-1, keepdim=True)                      # tag or scaffold
-    total = (inside * batch.entropy.detach()[..., None]).sum((0, 1))                   # (6,)
+    """H_avg float [6]: mean entropy (nats) of a region's sampled tokens in the batch, 0 without any;
+    one for tag and scaffold, the paper's format."""
+    inside = batch.region[..., None] == torch.arange(6, device=batch.region.device)  # (N, T, 6)
+    inside[..., :NAME] = inside[..., :NAME].any(-1, keepdim=True)  # tag or scaffold
+    total = (inside * batch.entropy.detach()[..., None]).sum((0, 1))  # (6,)
     return total / inside.sum((0, 1)).clamp(min=1)
 
 def raw_weights(entropy, kind="one-minus-exp", min_entropy=0.05):
@@ -301,8 +302,8 @@ def raw_weights(entropy, kind="one-minus-exp", min_entropy=0.05):
     return 1 / h if kind == "inverse" else 1 / (1 - torch.exp(-h))
 
 def curriculum(weight, progress, cfg):
-    """Weights [6] at progress in [0, 1]: format down, parameters and thought up, the others constant.
-    Departure: the paper's constants are unpublished; ours are in Config."""
+    """Weights [6] at progress in [0, 1]: format down, parameters and thought up. Departure: the
+    paper's constants are unpublished; ours are in Config."""
     w = weight.clone()
     for r in PAPER_REGIONS["format"]:
         w[r] = (w[r] - cfg.alpha_format * progress).clamp(min=cfg.weight_min)
@@ -311,8 +312,8 @@ def curriculum(weight, progress, cfg):
     return w
 
 def normalise_weights(weight, mask):
-    """Weights [N, T] -> mean 1 over each completion's masked tokens, 0 elsewhere and in all-zero rows.
-    First divided by the maximum: equal weights become exactly 1, GRPO bit for bit."""
+    """Weights [N, T] -> mean 1 over each row's masked tokens, 0 elsewhere and in rows of zeros. First
+    divided by the maximum: equal weights become exactly 1, GRPO bit for bit."""
     weight = torch.where(mask, weight, 0.0)
     weight = weight / weight.amax(1, keepdim=True).clamp(min=1e-30)
     mean = weight.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
@@ -320,8 +321,8 @@ def normalise_weights(weight, mask):
 
 def region_weights(batch, cfg, progress):
     """ResT's weight of each region [6]: raw weights of the region entropies, then the curriculum.
-    Departure: raw weights are divided by their token mean, so that constants mean the same at any entropy."""
-    raw = raw_weights(region_entropy(batch), cfg.raw_weight, cfg.min_entropy)        # (6,)
+    Departure: divided by their token mean first, so that constants mean the same at any entropy."""
+    raw = raw_weights(region_entropy(batch), cfg.raw_weight, cfg.min_entropy)  # (6,)
     raw = raw / raw[batch.region[batch.sampled]].mean()
     return curriculum(raw, progress, cfg)
 
@@ -337,12 +338,13 @@ def no_thought(batch, cfg, progress):
     return normalise_weights(weight[batch.region], batch.sampled)
 
 def rest_official(batch, cfg, progress):
-    """The authors' code: constants and a clock, no entropy; a token's largest region counts; mean 1 over
-    tokens of positive weight. (Their clip to [0.001, 8] never acts.) Departure: theirs gives end-of-turn
-    tokens 0, so that nothing trains stopping, and weights only the first call of a block."""
+    """The authors' code: constants and a clock, no entropy; a token's largest region counts. (Their
+    clip to [0.001, 8] never acts.) Departure: theirs gives end-of-turn tokens 0, so that nothing
+    trains stopping, and weights only the first call of a block."""
     clock = 0.6 + 0.002 * round(progress * cfg.steps)
     constants = [1.0, 0.0, 1.2, min(1.2, clock), min(1.0, clock), 0.0]  # in the order of REGIONS
-    weight = (torch.tensor(constants, device=batch.covers.device) * batch.covers).amax(-1)  # (N, T)
+    weight = torch.tensor(constants, device=batch.covers.device) * batch.covers  # (N, T, 6)
+    weight = weight.amax(-1)  # (N, T)
     return normalise_weights(weight, batch.sampled & (weight > 0))
 
 def uniform(batch, cfg, progress):
@@ -367,19 +369,19 @@ def low_prob(batch, cfg, progress):
 
 def token_entropy(batch, cfg, progress):
     """Do regions matter? The raw weight of the token's own entropy instead of its region's."""
-    return normalise_weights(raw_weights(batch.entropy, cfg.raw_weight, cfg.min_entropy), batch.sampled)
+    weight = raw_weights(batch.entropy, cfg.raw_weight, cfg.min_entropy)
+    return normalise_weights(weight, batch.sampled)
 
 def shuffled(batch, cfg, progress):
     """Control: ResT's weights, permuted among the tokens of each completion."""
     generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + round(progress * cfg.steps))
     key = torch.rand(batch.sampled.shape, generator=generator).to(batch.sampled.device)
-    source = torch.where(batch.sampled, key, 2.0).argsort(1)       # sampled columns, at random
-    target = (~batch.sampled).int().argsort(dim=1, stable=True)    # sampled columns, in order
+    source = torch.where(batch.sampled, key, 2.0).argsort(1)  # sampled columns, at random
+    target = (~batch.sampled).int().argsort(dim=1, stable=True)  # sampled columns, in order
     weight = rest_weights(batch, cfg, progress)
     return torch.zeros_like(weight).scatter(1, target, weight.gather(1, source))
 
-# name -> f(rollout batch with regions, cfg, progress in [0, 1]) -> weights float [N, T], 0 where not
-# sampled; once per batch, without gradient: entropies are numbers recorded at rollout
+# name -> f(Rollout with regions, cfg, progress in [0, 1]): float [N, T], 0 where not sampled
 WEIGHTS = {
     "rest": rest_weights,
     "rest-static": lambda batch, cfg, progress: rest_weights(batch, cfg, 0.0),  # no curriculum
@@ -401,8 +403,8 @@ def _agreement(call, other):
 
 def correctness_score(gold, predicted):
     """ToolRL's rule (arXiv 2504.13958) in [0, 1]: the multisets of names, then each gold call against
-    the best unused call of its name, by parameter names and values. gold: list[Call], not empty;
-    predicted: list[Call | CallError], where one unreadable call gives 0."""
+    the best unused call of its name, by parameter names and values. gold: Calls, at least one;
+    predicted: Calls and CallErrors, of which one gives 0."""
     if any(isinstance(call, CallError) for call in predicted):
         return 0.0
     score = _jaccard([c.name for c in gold], [c.name for c in predicted])
@@ -416,8 +418,8 @@ def correctness_score(gold, predicted):
     return score / (1 + sum(1 + len(call.arguments) for call in gold))
 
 def format_score(text, required):
-    """1.0 if just the required blocks stand there, closed, in order, only space between them, no thought
-    or response empty, no call tag in a response; else 0.0. Adjacent call blocks are one."""
+    """1.0 if just the required blocks stand there, closed, in order, with only space between them, no
+    thought or response empty, no call tag in a response; else 0.0. Adjacent call blocks are one."""
     kinds = []
     pos = 0
     for block in split_blocks(text):
@@ -432,15 +434,19 @@ def format_score(text, required):
     return float(kinds == list(required) and not text[pos:].strip())
 
 def score_texts(texts, row, refused=0):
-    """Of an episode's turns: format in [0, 1], correctness in [0, 1] or None without gold calls, exact
-    or not. Format is the mean over turns, each of which needs its row["blocks"], or else a thought, then
-    calls where gold has some, or a response. Correctness compares (turn, name). Exact: all is right and
-    no call was refused."""
-    gold = [Call((i, call["name"]), call["arguments"]) for i, turn in enumerate(row["gold"]) for call in turn]
-    calls = [call if isinstance(call, CallError) else Call((i, call.name), call.arguments)
-             for i, text in enumerate(texts) for call in _calls(text)]
-    required = row.get("blocks") or [
-        ("think", "tool_call" if turn else "response") for turn in row["gold"]]
+    """An episode's format in [0, 1], correctness in [0, 1] or None without gold calls, and whether all
+    is right and no call was refused. Format is the mean over turns, each of which needs the blocks of
+    row["blocks"], or else a thought, then calls where gold has some, or a response."""
+    gold = []
+    for i, turn in enumerate(row["gold"]):  # a call in another turn is another call
+        gold += [Call((i, call["name"]), call["arguments"]) for call in turn]
+    calls = []
+    for i, text in enumerate(texts):
+        calls += [call if isinstance(call, CallError) else Call((i, call.name), call.arguments)
+                  for call in _calls(text)]
+    required = row.get("blocks")
+    if not required:
+        required = [("think", "tool_call" if turn else "response") for turn in row["gold"]]
     turns = max(len(texts), len(required))  # missing and surplus turns count 0
     form = sum(map(format_score, texts, required)) / turns
     correct = correctness_score(gold, calls) if gold else None
@@ -448,14 +454,12 @@ def score_texts(texts, row, refused=0):
     return form, correct, form == 1.0 and same and not refused
 
 def episode_reward(form, correct, progress, scaling="dynamic"):
-    """Format and correctness scores -> reward (ToolRL's, arXiv 2504.13958). static: format in [0, 1],
-    correctness in [-3, 3]. dynamic, nu = 0.7 progress: format in [-2+2nu, 2-nu] held outside (-1, 1),
-    correctness within 2+nu and 3 of 0. Departure: the paper scales the whole reward, which advantages
-    cancel; like the authors' code (nu = step/150) we scale part against part."""
-    nu = 0.7 * progress
-    if scaling == "static":
-        low, high, most = 0.0, 1.0, 3.0
-    else:
+    """Scores -> ToolRL's reward, format from low to high, correctness from -most to most. Departure:
+    the paper scales the whole reward with progress, which advantages cancel; like the authors' code
+    (nu = step/150) we scale part against part."""
+    low, high, most = 0.0, 1.0, 3.0
+    if scaling == "dynamic":
+        nu = 0.7 * progress
         low, high, most = min(-1.0, -2 + 2 * nu), max(1.0, 2 - nu), min(3.0, 2 + nu)
     return low + (high - low) * form + (0.0 if correct is None else most * (2 * correct - 1))
 
@@ -470,9 +474,9 @@ def group_advantages(rewards, scale_by_std=True, delta=1e-4):
 # ---- loss and update ----
 
 def loss_scale(mask, weight, aggregation, max_tokens):
-    """Factor float [N] that turns a completion's weighted token sum into its share of the loss.
-    sequence: 1/(N T_i); constant: 1/(N max_tokens), Dr. GRPO; token: 1/(all weights of the batch).
-    Departure: the authors divide by each micro-batch's own weights: its size changes their gradient."""
+    """Factor float [N] of a completion's weighted token sum in the loss. sequence: 1/(N T_i);
+    constant: 1/(N max_tokens), Dr. GRPO; token: 1/(all weights of the batch). Departure: the authors
+    divide by each micro-batch's own weights, so that its size changes their gradient."""
     N = len(mask)
     if aggregation == "sequence":
         return 1 / (N * mask.sum(1).clamp(min=1).float())
@@ -481,62 +485,65 @@ def loss_scale(mask, weight, aggregation, max_tokens):
     return (1 / (weight * mask).sum().clamp(min=1e-30)).expand(N)
 
 def policy_loss(logp, logp_old, advantages, weight, mask, scale, clip):
-    """The objective at the top. logp, logp_old, weight float, mask bool [N, T]; advantages, scale float
-    [N] -> scalar, a sum: the means are in `scale`, micro-batches add up. Only logp has a gradient."""
+    """The objective at the top. logp, logp_old, weight float, mask bool [N, T]; advantages, scale
+    float [N] -> scalar, a sum: micro-batches add up, the means are in `scale`. Only logp has a
+    gradient."""
     logp_old = logp_old.detach()
-    advantages = advantages.detach()[:, None]                            # (N, 1)
-    ratio = torch.exp(torch.where(mask, logp - logp_old, 0.0))           # (N, T)
-    clipped = ratio.clamp(1 - clip, 1 + clip)                            # (N, T)
-    gain = torch.minimum(ratio * advantages, clipped * advantages)       # (N, T)
+    advantages = advantages.detach()[:, None]  # (N, 1)
+    ratio = torch.exp(torch.where(mask, logp - logp_old, 0.0))  # (N, T)
+    clipped = ratio.clamp(1 - clip, 1 + clip)  # (N, T)
+    gain = torch.minimum(ratio * advantages, clipped * advantages)  # (N, T)
     return -(torch.where(mask, weight.detach() * gain, 0.0).sum(1) * scale).sum()
 
 def update(engine, optimizer, batch, advantages, weight, cfg, on_policy=False):
-    """cfg.passes optimiser steps on a rollout batch; advantages [N], weight [N, T] -> metrics, means of
-    passes. Groups whose advantages are all 0 are not forwarded; a step whose loss or gradient is not
-    finite is skipped and counted. on_policy: raises RuntimeError if the first ratios are not 1."""
+    """cfg.passes optimiser steps; advantages [N], weight [N, T] -> metrics, means of passes. Groups
+    whose advantages are all 0 are not forwarded; a step whose loss or gradient is not finite is
+    skipped and counted. on_policy: raises RuntimeError if the first ratios are not 1."""
     device = batch.tokens.device
     parameters = [p for p in engine.model.parameters() if p.requires_grad]
     scale = loss_scale(batch.sampled, weight, cfg.aggregation, cfg.max_completion_tokens)  # (N,)
-    teaches = advantages.view(-1, batch.group).ne(0).any(1)                                # (P,)
+    teaches = advantages.view(-1, batch.group).ne(0).any(1)  # (P,)
     groups = teaches.nonzero()[:, 0].tolist()
     micro_batches = engine.micro_batches(batch, groups, cfg.micro_batch_tokens)
     total = Counter()
     skipped = 0
     for number in range(cfg.passes):
         optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(4, device=device)                       # loss, clipped tokens, KL, tokens
+        sums = torch.zeros(4, device=device)  # loss, clipped tokens, KL, tokens
         for part in micro_batches:
-            logp = engine.logps(batch, part, cfg.temperature)      # (n, T), T of the longest
-            rows = torch.tensor(part, device=device)               # (n,)
+            logp = engine.logps(batch, part, cfg.temperature)  # (n, T), T of the longest
+            rows = torch.tensor(part, device=device)  # (n,)
             T = logp.shape[1]
-            logp_old = batch.logp[rows, :T]                        # (n, T)
-            mask = batch.sampled[rows, :T]                         # (n, T)
-            advantage = advantages[rows]                           # (n,)
-            loss = policy_loss(logp, logp_old, advantage, weight[rows, :T], mask, scale[rows], cfg.clip)
+            logp_old = batch.logp[rows, :T]  # (n, T)
+            mask = batch.sampled[rows, :T]  # (n, T)
+            advantage = advantages[rows]  # (n,)
+            w = weight[rows, :T]  # (n, T)
+            loss = policy_loss(logp, logp_old, advantage, w, mask, scale[rows], cfg.clip)
             engine.backward(loss)
             with torch.no_grad():
                 log_ratio = torch.where(mask, logp - logp_old, 0.0)
                 change = log_ratio.exp() - 1
                 clipped = advantage.sign()[:, None] * change > cfg.clip
-                kl = change - log_ratio                            # the k3 estimate of KL(old || new)
+                kl = change - log_ratio  # the k3 estimate of KL(old || new)
                 sums += torch.stack([loss.detach(), clipped.sum(), kl.sum(), mask.sum()])
         norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).to(device)
-        loss, clipped, kl, count, norm = torch.cat([sums, norm[None]]).tolist()  # the one wait of a pass
-        clipped, kl = clipped / max(count, 1), kl / max(count, 1)
+        sums = torch.cat([sums, norm[None]])
+        loss, clipped, kl, count, norm = sums.tolist()  # the one wait for the device per pass
+        kl /= max(count, 1)
         if on_policy and number == 0 and kl > engine.tolerance:
             raise RuntimeError(
-                f"update and rollout disagree about the same policy (KL {kl:.1e}): its forward is random "
-                "(dropout, router noise) or depends on padding, so ratios would be wrong")
-        if math.isfinite(loss) and math.isfinite(norm):
+                f"update and rollout disagree about the same policy (KL {kl:.1e}): its forward is "
+                "random (dropout, router noise) or depends on padding, so ratios would be wrong")
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
             optimizer.step()
-        else:
-            skipped += 1
-        total.update(loss=loss, grad_norm=norm, clip_fraction=clipped, kl=kl)
+        total.update(loss=loss, grad_norm=norm, clip_fraction=clipped / max(count, 1), kl=kl)
+        skipped += not finite
     optimizer.zero_grad(set_to_none=True)
-    return {"skipped_updates": skipped, **{name: value / cfg.passes for name, value in total.items()}}
+    return {"skipped_updates": skipped} | {name: x / cfg.passes for name, x in total.items()}
 
 def learning_rate(cfg, step):
-    """Linear warm-up over cfg.warmup_steps, then linear decay to a tenth of the peak at cfg.steps."""
+    """Linear warm-up over cfg.warmup_steps, then linear decay to a tenth at cfg.steps."""
     warm = min(1.0, (step + 1) / max(1, cfg.warmup_steps))
     decay = max(0, step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
     return cfg.learning_rate * warm * (1 - 0.9 * decay)
@@ -544,17 +551,18 @@ def learning_rate(cfg, step):
 # ---- one step, and evaluation ----
 
 def train_step(engine, chat, optimizer, rows, cfg, step, toolbox_for=None, clock=None):
-    """One ResT step on cfg.prompts rows -> metrics, Rollout, weight [N, T]. clock(name) is called after
-    each phase: rollout, reward, update."""
+    """One ResT step on cfg.prompts rows -> metrics, Rollout, weight [N, T]. clock(name) is called
+    after each phase: rollout, reward, update."""
     clock = clock or (lambda name: None)
     progress = step / cfg.steps
-    batch = rollout(engine, chat, rows, cfg, seed=cfg.seed * 1_000_003 + step, toolbox_for=toolbox_for)
+    seed = cfg.seed * 1_000_003 + step
+    batch = rollout(engine, chat, rows, cfg, seed, toolbox_for=toolbox_for)
     clock("rollout")
     batch.region, batch.covers = token_regions(batch, chat)
-    weight = WEIGHTS[cfg.method](batch, cfg, progress)                                  # (N, T)
+    weight = WEIGHTS[cfg.method](batch, cfg, progress)  # (N, T)
     batch.scores = score_batch(batch)
     rewards = [episode_reward(*score[:2], progress, cfg.reward_scaling) for score in batch.scores]
-    rewards = torch.tensor(rewards, device=batch.tokens.device).view(-1, batch.group)   # (P, G)
+    rewards = torch.tensor(rewards, device=batch.tokens.device).view(-1, batch.group)  # (P, G)
     batch.advantages = group_advantages(rewards, cfg.method != "dr-grpo", cfg.delta).flatten()
     clock("reward")
     lr = learning_rate(cfg, step)
@@ -562,21 +570,23 @@ def train_step(engine, chat, optimizer, rows, cfg, step, toolbox_for=None, clock
         parameters["lr"] = lr
     metrics = update(engine, optimizer, batch, batch.advantages, weight, cfg, on_policy=True)
     clock("update")
-    metrics |= {"step": step, "lr": lr, **mean_scores(batch.scores), "tool_errors": batch.tool_errors}
+    metrics |= {"step": step, "lr": lr, "tool_errors": batch.tool_errors}
+    metrics |= mean_scores(batch.scores) | batch_metrics(batch, rewards, weight)
     metrics["correct"] = metrics["correct"] or 0.0
-    return metrics | batch_metrics(batch, rewards, weight), batch, weight
+    return metrics, batch, weight
 
 def batch_metrics(batch, rewards, weight):
     """Means over the batch, fetched from the device at once; H_ (nats) and w_ by paper region."""
     silent = batch.advantages.view(rewards.shape).eq(0).all(1)
     values = {"reward": rewards.mean(), "zero_groups": silent.float().mean(),
-              "truncated": batch.truncated.float().mean(), "tokens": batch.sampled.sum() / len(batch.sampled)}
+              "truncated": batch.truncated.float().mean(),
+              "tokens": batch.sampled.sum() / len(batch.sampled)}
     entropy = region_entropy(batch)
     for name, members in PAPER_REGIONS.items():
         inside = sum(batch.region == r for r in members)
         values["H_" + name] = entropy[members[0]]
         values["w_" + name] = (weight * inside).sum() / inside.sum().clamp(min=1)
-    return dict(zip(values, torch.stack([value.float() for value in values.values()]).tolist()))
+    return dict(zip(values, torch.stack([x.float() for x in values.values()]).tolist()))
 
 def score_batch(batch):
     """(format, correctness or None, exact) of every episode, list of N."""
@@ -590,15 +600,16 @@ def mean_scores(scores):
     return {"exact": sum(exacts) / len(exacts), "format": sum(forms) / len(forms),
             "correct": sum(corrects) / len(corrects) if corrects else None}
 
-def evaluate(engine, chat, rows, cfg, greedy=False, samples=1, seed=0, batch_rows=64, toolbox_for=None,
-             on_batch=None):
+def evaluate(engine, chat, rows, cfg, greedy=False, samples=1, seed=0, batch_rows=64,
+             toolbox_for=None, on_batch=None):
     """{category: {n, exact, format, correct, tokens}}, means over the rows' episodes, "all" last:
     greedy, or `samples` completions per row at cfg.temperature."""
     seen = {}  # category -> [(scores of an episode, its sampled tokens)]
     for start in range(0, len(rows), batch_rows):
         part = rows[start:start + batch_rows]
-        batch = rollout(engine, chat, part, cfg, seed=seed + start, group=1 if greedy else samples,
-                        greedy=greedy, toolbox_for=toolbox_for)
+        group = 1 if greedy else samples
+        batch = rollout(
+            engine, chat, part, cfg, seed + start, group, greedy, toolbox_for=toolbox_for)
         for i, one in enumerate(zip(score_batch(batch), batch.sampled.sum(1).tolist())):
             for key in (part[i // batch.group].get("category", "rows"), "all"):
                 seen.setdefault(key, []).append(one)
@@ -613,13 +624,11 @@ def evaluate(engine, chat, rows, cfg, greedy=False, samples=1, seed=0, batch_row
 # ---- appendix: reading calls from text ----
 
 # bounds: reading takes linear time on any text, and nothing recurses deeply
-MAX_CALLS = 64      # of a turn; those behind them are one error
-MAX_CHARS = 2**14   # of a call
-MAX_DEPTH = 64      # of a value in a call
+MAX_CALLS = 64  # of a turn; those behind them are one error
+MAX_CHARS = 2**14  # of a call
+MAX_DEPTH = 64  # of a value in a call
 SPACE = re.compile(r"[ \t\r\n]*")
 OPENING_TAG = re.compile(r"<(think|tool_call|response)>")
-# an escaped half of a surrogate pair, which tokenizers refuse; group 1 is what only looks like one
-HALF_PAIR = re.compile(r"(\\\\|\\ud[89ab]..\\ud[c-f]..)|\\ud[89a-f][0-9a-f]{2}", re.I)
 
 class CallError(ValueError):
     """A call that cannot run; its text is what the model reads."""
@@ -635,6 +644,13 @@ class Call:
     name: str
     arguments: dict
 
+class Reading(NamedTuple):
+    """What was read at text[start:end] as one call."""
+    call: Call | MalformedCall
+    start: int
+    end: int
+    members: dict  # {key: (value, start, end)}; end is None where a member broke off
+
 @dataclass
 class Block:
     """<kind>inner</kind> at text[start:end]; unclosed, it runs to the end of the text."""
@@ -643,24 +659,23 @@ class Block:
     end: int
     inner: tuple  # (start, end) of what stands between the tags
     closed: bool
-    calls: list   # [(Call | MalformedCall, start, end, {key: (value, start, end)})]
+    calls: list  # of Reading
 
 def parse_calls(text):
-    """All calls of a completion in order, a MalformedCall for an unreadable one; never raises. Copies: a
-    tool may change what it is given.
+    """All calls of a completion in order, a MalformedCall for an unreadable one; never raises. They
+    are copies: a tool may change what it is given.
     >>> parse_calls('<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>')
     [Call(name='f', arguments={'x': 1})]
     """
     return copy.deepcopy(_calls(text))
 
 def _calls(text):
-    return [call for block in split_blocks(text) for call, *_ in block.calls]
+    return [reading.call for block in split_blocks(text) for reading in block.calls]
 
 @lru_cache(maxsize=4096)
 def split_blocks(text):
-    """A completion's blocks in order, read only: one scan for parser, reward and regions. A thought ends
-    at the first </think>, whatever it mentions; calls end at the first </tool_call> outside a JSON
-    string.
+    """A completion's blocks in order, read only: one scan for parser, reward and regions. A thought
+    ends at the first </think>, calls at the first </tool_call> outside a JSON string.
     >>> [(b.kind, b.closed) for b in split_blocks("<think>use <tool_call>?</think><response>no")]
     [('think', True), ('response', False)]
     """
@@ -691,10 +706,10 @@ def label_chars(text):
     for block in split_blocks(text):
         fill(block.start, block.end, TAG)
         fill(*block.inner, inside[block.kind])
-        for _, _, stop, fields in block.calls:
-            for key, (value, start, end) in fields.items():
-                end = stop if end is None else end  # broken off: to the end of its line
-                if key == "name":  # its quotes are format
+        for reading in block.calls:
+            for key, (value, start, end) in reading.members.items():
+                end = reading.end if end is None else end
+                if key == "name":  # its quotes are scaffold
                     start += text[start:start + 1] == '"'
                     fill(start, end - isinstance(value, str), NAME)
                 elif key in ("arguments", "parameters"):
@@ -706,7 +721,7 @@ def _find(text, what, pos):
     return len(text) if found < 0 else found
 
 def _scan_calls(text, pos, room):
-    # the calls from pos on, and where the closing tag (or the text's end) stands
+    # the readings from pos on, and where the closing tag (or the text's end) stands
     calls = []
     while True:
         start = _skip(text, pos)
@@ -715,69 +730,74 @@ def _scan_calls(text, pos, room):
         if len(calls) == room:
             stop = _find(text, "</tool_call>", start)
             surplus = MalformedCall(f"more than {MAX_CALLS} calls in a turn")
-            return [*calls, (surplus, start, stop, {})], stop
-        fields, pos, error = scan_object(text, start)
-        if error:  # go on with the next line or the closing tag
-            pos = min(_find(text, "\n", start), _find(text, "</tool_call>", pos))
-        calls.append((MalformedCall(error) if error else _to_call(fields), start, pos, fields))
+            return [*calls, Reading(surplus, start, stop, {})], stop
+        calls.append(read_call(text, start))
+        pos = calls[-1].end
 
-def _to_call(fields):
-    name = fields.get("name", ("",))[0]
-    arguments = [fields[key][0] for key in ("arguments", "parameters") if key in fields]
+def read_call(text, start):
+    """The Reading of the JSON object at text[start:]. What is none ends at its line's end or at the
+    closing tag."""
+    source = text[start:start + MAX_CHARS] + "\0"  # not JSON: whatever is open ends there
+    members = {}
+    pos = 0
+    try:
+        if source[0] != "{":
+            raise ValueError("a call starts with '{'")
+        pos = _skip(source, 1)
+        while source[pos] != "}":
+            if members:
+                if source[pos] != ",":
+                    raise ValueError("expected ',' or '}'")
+                pos = _skip(source, pos + 1)
+            key, pos = JSON_DECODER.raw_decode(source, pos)
+            key = _checked(key)
+            pos = _skip(source, pos)
+            if not isinstance(key, str) or key in members or source[pos] != ":":
+                raise ValueError(f"bad or repeated key {str(key)[:40]!r}")
+            pos = _skip(source, pos + 1)
+            members[key] = (None, start + pos, None)
+            value, end = JSON_DECODER.raw_decode(source, pos)
+            members[key] = (_checked(value), start + pos, start + end)
+            pos = _skip(source, end)
+        return Reading(_to_call(members), start, start + pos + 1, members)
+    except (ValueError, RecursionError) as reason:
+        call = MalformedCall(f"not valid JSON: {str(reason)[:100]}")
+        stop = min(_find(text, "\n", start), _find(text, "</tool_call>", start + pos))
+        return Reading(call, start, stop, members)
+
+def _to_call(members):
+    name = members.get("name", ("",))[0]
+    arguments = [members[key][0] for key in ("arguments", "parameters") if key in members]
     if isinstance(name, str) and name and len(arguments) == 1 and isinstance(arguments[0], dict):
         return Call(name, arguments[0])
     return MalformedCall('a call needs a "name" and one object of "arguments" (or "parameters")')
 
-def scan_object(text, start):
-    """The JSON object at text[start:]: {key: (value, start, end)}, its end, an error text or None. A
-    member that breaks off has end None: its characters have a region too."""
-    call = text[start:start + MAX_CHARS] + "\0"  # not JSON: whatever is open ends there
-    call = HALF_PAIR.sub(lambda match: match[1] or r"\ufffd", call)  # as long: positions stay
-    fields = {}
-    pos = 0
-    try:
-        if call[0] != "{":
-            raise ValueError("a call starts with '{'")
-        pos = _skip(call, 1)
-        while call[pos] != "}":
-            if fields:
-                if call[pos] != ",":
-                    raise ValueError("expected ',' or '}'")
-                pos = _skip(call, pos + 1)
-            key, pos = JSON_DECODER.raw_decode(call, pos)
-            pos = _skip(call, pos)
-            if not isinstance(key, str) or key in fields or call[pos] != ":":
-                raise ValueError(f"bad or repeated key {str(key)[:40]!r}")
-            pos = _skip(call, pos + 1)
-            fields[key] = (None, start + pos, None)
-            value, end = JSON_DECODER.raw_decode(call, pos)
-            if _depth(value) > MAX_DEPTH:
-                raise ValueError(f"nested more than {MAX_DEPTH} deep")
-            fields[key] = (value, start + pos, start + end)
-            pos = _skip(call, end)
-    except (ValueError, RecursionError) as reason:
-        return fields, start + pos, f"not valid JSON: {str(reason)[:100]}"
-    return fields, start + pos + 1, None
-
 def _skip(text, pos):
     return SPACE.match(text, pos).end()
 
-def _depth(value):
-    inner = value.values() if isinstance(value, dict) else value
-    return 1 + max(map(_depth, inner), default=0) if isinstance(value, (dict, list)) else 1
-
-def _number(token):
-    if not math.isfinite(float(token)):
-        raise ValueError(f"{token[:40]} is no number of JSON")
-    return float(token)
-
 def _object(pairs):
-    if len(dict(pairs)) < len(pairs):
+    members = {valid_text(key): value for key, value in pairs}
+    if len(members) < len(pairs):
         raise ValueError(f"a key twice in {str([key for key, _ in pairs])[:60]}")
-    return dict(pairs)
+    return members
 
-JSON_DECODER = json.JSONDecoder(
-    parse_constant=_number, parse_float=_number, object_pairs_hook=_object)
+JSON_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+def _checked(value, depth=1):
+    # the value with valid texts; what is too deep or NaN or infinite is an error
+    if depth > MAX_DEPTH:
+        raise ValueError(f"nested more than {MAX_DEPTH} deep")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is no number of JSON")
+    if isinstance(value, dict):
+        return {key: _checked(inner, depth + 1) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_checked(inner, depth + 1) for inner in value]
+    return valid_text(value) if isinstance(value, str) else value
+
+def valid_text(text):
+    """The text with U+FFFD for halves of surrogate pairs, which JSON may have and tokenizers refuse."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 def same_value(a, b):
     """JSON equality: 1 equals 1.0, but True is not 1."""
@@ -787,17 +807,13 @@ def same_value(a, b):
         return len(a) == len(b) and all(map(same_value, a, b))
     return isinstance(a, bool) == isinstance(b, bool) and a == b
 
-def valid_text(text):
-    """The text with U+FFFD for each half of a surrogate pair: JSON has these, tokenizers refuse them."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
 # ---- appendix: tool executor ----
 
 def execute(calls, functions, timeout=2.0, max_chars=1000):
     """Run a turn's calls in order -> a text per call for the model, calls refused, calls that failed.
-    functions: {name: callable(**arguments)}, which raise InvalidArguments, or ValueError with a sentence
-    for the model; anything else is the user's bug, logged once. Model text is only ever data. A call may
-    take `timeout` seconds, a turn four times that; then its thread is abandoned."""
+    functions: {name: callable(**arguments)}, which raise InvalidArguments, or ValueError with a
+    sentence for the model; anything else is the user's bug, logged once. A call may take `timeout`
+    seconds, a turn four times that; then its thread is abandoned."""
     texts = []
     refused = failed = 0
     deadline = time.monotonic() + 4 * timeout
@@ -807,12 +823,13 @@ def execute(calls, functions, timeout=2.0, max_chars=1000):
         thread.start()
         thread.join(max(0.0, min(timeout, deadline - time.monotonic())))
         result = outcome[0]
-        error = isinstance(result, Exception)
-        refused += isinstance(result, CallError)
-        failed += error and not isinstance(result, CallError)
-        if error and not isinstance(result, (ValueError, TimeoutError)):
-            warn_once(f"the tool {call.name} failed, which is no fault of the model: {result!r}")
-        text = f"error: {result}" if error else result
+        text = result
+        if isinstance(result, Exception):
+            text = f"error: {result}"
+            refused += isinstance(result, CallError)
+            failed += not isinstance(result, CallError)
+            if not isinstance(result, (ValueError, TimeoutError)):
+                warn_once(f"the tool {call.name} failed, not by the model's fault: {result!r}")
         text = valid_text(text)
         texts.append(text if len(text) <= max_chars else text[:max_chars] + " … (cut)")
     return texts, refused, failed
@@ -825,7 +842,8 @@ def _run(call, functions, outcome):
         if isinstance(call, CallError):
             raise call
         if call.name not in functions:
-            raise CallError(f"unknown tool {call.name[:60]!r}; the tools are {', '.join(functions)}")
+            known = ", ".join(functions)
+            raise CallError(f"unknown tool {call.name[:60]!r}; the tools are {known}")
         function = functions[call.name]
         try:
             inspect.signature(function).bind(**call.arguments)
@@ -850,27 +868,28 @@ def offered(row, box):
 # ---- appendix: how a row becomes tokens ----
 
 class Chat:
-    """What the algorithm asks of a tokenizer, by its own chat template: only prompts, and what follows a
-    tool's answer, are tokenised. toy_tools/chat.py has the hardened one."""
+    """What the algorithm asks of a tokenizer and its chat template. What was sampled is never
+    tokenised again. toy_tools/chat.py has the hardened one."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        self.end_ids = {tokenizer.eos_token_id}                       # ids that end a turn
+        self.end_ids = {tokenizer.eos_token_id}  # ids that end a turn
         self.text = lru_cache(None)(lambda token: self.decode([token]))  # of one id, for regions
 
     def prompt(self, row):
-        """Prompt ids, and the ids of a forced beginning of the completion (mostly none)."""
+        """Prompt ids, and the ids of a forced beginning of the completion, mostly none."""
         return tuple(map(self.encode, self.render(row["messages"], row["tools"])))
 
     def reply(self, row, results, last):
-        """Ids that follow a turn whose last token was `last` when tools have answered, up to the next
-        turn; and a forced beginning of that."""
+        """The ids between a turn, ended by the token `last`, and the next one, with tools' results;
+        and a forced beginning of the next."""
         mark = "\u2016turn\u2016"
         turn = {"role": "assistant", "content": mark}
         answers = [{"role": "tool", "content": text} for text in results]
         text, opening = self.render([*row["messages"], turn, *answers], row["tools"])
         ids = self.encode(text.partition(mark)[2])
-        return ids[ids[:1] == [last]:], self.encode(opening)  # the template's end token was sampled already
+        already = ids[:1] == [last]  # the template's end token was sampled
+        return ids[already:], self.encode(opening)
 
     def render(self, messages, tools):
         """The template's text up to the completion; "<think>" if the template itself opens it."""
@@ -888,13 +907,14 @@ class Chat:
 # ---- appendix: how the model is run ----
 
 class Engine:
-    """The plain way to run a causal language model: its own forward, cache and logits, each prompt repeated
+    """The plain way to run a causal language model: its own forward and cache, each prompt repeated
     for its completions. toy_tools/fast.py has one that keeps a group's prompt once."""
 
     def __init__(self, model):
         self.model = model
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # an adapter's base
-        self.accepts = set(inspect.signature(inner.forward).parameters)
+        if hasattr(model, "get_base_model"):  # an adapter takes what its base does
+            model = model.get_base_model()
+        self.accepts = set(inspect.signature(model.forward).parameters)
         self.cache_name = "cache" if "cache" in self.accepts else "past_key_values"  # since 5.24
 
     @property
@@ -920,36 +940,35 @@ class Engine:
                 module.training = True
 
     def prefill(self, prompts, group, max_tokens):
-        """Begin S = P*group rows behind their prompts (P id lists): logits [S, V] of the first token."""
-        ids, mask = left_pad([ids for ids in prompts for _ in range(group)], self.device)   # (S, Lp)
-        self.mask = mask
-        self.count = mask.sum(1, keepdim=True)                                              # (S, 1)
+        """Begin S = P*group rows behind P prompts (id lists): logits [S, V] of the first token."""
+        repeated = [ids for ids in prompts for _ in range(group)]
+        ids, self.mask = left_pad(repeated, self.device)  # (S, Lp)
         self.cache = None
-        return self._forward(ids, (mask.cumsum(1) - 1).clamp(min=0))
+        return self._forward(ids)
 
     def step(self, ids, t):
-        """Feed ids int64 [S] of column t: logits [S, V] of column t + 1, valid until the next step."""
+        """Feed ids int64 [S] of column t: logits [S, V] of the next one, valid until the next step."""
         self.mask = F.pad(self.mask, (0, 1), value=True)
-        return self._forward(ids[:, None], self.count + t)
+        return self._forward(ids[:, None])
 
-    def _forward(self, ids, positions):
+    def _forward(self, ids):
         layers = getattr(self.cache, "layers", [])
         # state space models would read the mask as that of the tokens fed, not of all so far
         masked = self.cache is None or any(hasattr(layer, "keys") for layer in layers)
-        out = self._run(ids, self.mask if masked else None, positions, use_cache=True, logits_to_keep=1,
-                        **{self.cache_name: self.cache})
+        options = {self.cache_name: self.cache, "use_cache": True, "logits_to_keep": 1}
+        out = self._run(ids, self.mask, masked, **options)
         self.cache = out[self.cache_name]
         return out.logits[:, -1]
 
-    def _run(self, ids, mask, positions, **options):
-        """The model's own forward, given what it accepts."""
-        mask = None if mask is None else mask.long()
-        options |= {"attention_mask": mask, "position_ids": positions}
+    def _run(self, ids, mask, masked=True, **options):
+        """The model's own forward of the last columns of mask [S, L], given what it accepts."""
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+        options |= {"position_ids": positions, "attention_mask": mask.long() if masked else None}
         options = {name: value for name, value in options.items() if name in self.accepts}
         return self.model(input_ids=ids, **options)
 
     def drop(self, done):
-        """Take finished rows out of the batch where that makes it enough smaller. done: a bool per row.
+        """Take finished rows out of the batch where that makes it much smaller. done: a bool a row.
         Returns the rows that stay, in their new order, or None if all do."""
         keep = [s for s, finished in enumerate(done) if not finished]
         if len(keep) > 0.75 * len(done) or not self._can_drop():
@@ -957,11 +976,10 @@ class Engine:
         rows = torch.tensor(keep, device=self.device)
         self.cache.batch_select_indices(rows)
         self.mask = self.mask[rows]
-        self.count = self.count[rows]
         return keep
 
     def _can_drop(self):
-        """Whether the cache is keys and values alone: recurrent states do not leave it."""
+        # whether the cache is keys and values alone: recurrent states do not leave it
         layers = getattr(self.cache, "layers", None)
         if layers is None:
             return hasattr(self.cache, "batch_select_indices")
@@ -969,8 +987,8 @@ class Engine:
         return type(self.cache).__name__ == "DynamicCache" and not states
 
     def micro_batches(self, batch, groups, budget):
-        """The completions of these groups as lists of rows: forwards of at most `budget` tokens, padding
-        counted, or of one row."""
+        """The completions of these groups as lists of rows: one row, or at most `budget` tokens with
+        padding."""
         G = batch.group
         length = batch.length.tolist()
         prompt = [len(ids) for ids in batch.prompts for _ in range(G)]
@@ -988,16 +1006,17 @@ class Engine:
         return parts
 
     def logps(self, batch, rows, temperature):
-        """logp float32 [n, T] of the completions in these rows, with gradient; T is that of the longest.
-        What stands behind a completion is padding, never seen by what precedes it."""
+        """logp float32 [n, T] of the completions in these rows, T that of the longest, with gradient.
+        Padding stands behind a completion, which never sees it."""
         T = max(batch.length[rows].tolist())
-        ids, mask = left_pad([batch.prompts[i // batch.group] for i in rows], self.device)  # (n, Lp)
-        completions = batch.tokens[rows, :T]                                                # (n, T)
-        mask = F.pad(mask, (0, T), value=True)                                              # (n, Lp+T)
+        prompts = [batch.prompts[i // batch.group] for i in rows]
+        prompts, mask = left_pad(prompts, self.device)  # (n, Lp)
+        completions = batch.tokens[rows, :T]  # (n, T)
+        ids = torch.cat([prompts, completions], 1)  # (n, Lp+T)
+        mask = F.pad(mask, (0, T), value=True)  # (n, Lp+T)
         with autocast(self.model):
-            logits = self._run(torch.cat([ids, completions], 1), mask, (mask.cumsum(1) - 1).clamp(min=0),
-                               use_cache=False, logits_to_keep=T + 1).logits
-            logits = logits[:, -T - 1:-1].flatten(0, 1)      # (n*T, V), logits at t-1 predict token t
+            logits = self._run(ids, mask, use_cache=False, logits_to_keep=T + 1).logits
+            logits = logits[:, -T - 1:-1].flatten(0, 1)  # (n*T, V), those at t-1 predict token t
             return token_logps(logits, completions.flatten(), temperature).view(-1, T)
 
     def backward(self, loss):
@@ -1008,7 +1027,7 @@ def token_logps(logits, targets, temperature):
     return -F.cross_entropy(logits.float() / temperature, targets, reduction="none")
 
 def left_pad(prompts, device):
-    """P id lists -> ids int64 [P, Lp], mask bool [P, Lp]; the last prompt token stands in the last column."""
+    """P id lists -> ids int64 [P, Lp], mask bool [P, Lp]; the last tokens stand in the last column."""
     width = max(map(len, prompts))
     count = torch.tensor([len(ids) for ids in prompts], device=device)
     ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=device)

@@ -243,8 +243,8 @@ def test_one_scan_for_format_calls_and_labels(monkeypatch):
     text = turn(call_line("f", x=[1], one_scan=True))
     gold = row([("f", {"x": [1], "one_scan": True})])
     scans = []
-    scan = rest.scan_object
-    monkeypatch.setattr(rest, "scan_object", lambda *args: scans.append(1) or scan(*args))
+    scan = rest.read_call
+    monkeypatch.setattr(rest, "read_call", lambda *args: scans.append(1) or scan(*args))
     rest.parse_calls(text)[0].arguments["x"].append(2)
     rest.label_chars(text)
     assert rest.score_texts([text], gold) == (1.0, 1.0, True)
@@ -449,7 +449,7 @@ def steps_of(text, monkeypatch):
         steps = Steps()
         text = Text(text)
         text.steps = steps
-        for name in ("SPACE", "OPENING_TAG", "HALF_PAIR"):
+        for name in ("SPACE", "OPENING_TAG"):
             patch.setattr(rest, name, Pattern(getattr(rest, name), steps))
         patch.setattr(rest, "JSON_DECODER", Decoder(rest.JSON_DECODER, steps))
         patch.setattr(rest, "MAX_CHARS", 1000)  # smaller bounds show at smaller texts
