@@ -113,7 +113,7 @@ class Rollout:
     sampled: torch.Tensor        # bool [N, T], where the policy chose; False at tool results and padding
     logp: torch.Tensor           # float32 [N, T], of the distribution sampled from; 0 where not sampled
     entropy: torch.Tensor        # float32 [N, T], nats, of the same; 0 where not sampled
-    length: torch.Tensor         # int64 [N], sampled and forced tokens
+    length: torch.Tensor         # int64 [N], sampled and forced tokens; on the CPU
     truncated: torch.Tensor      # bool [N], ran out of max_completion_tokens
     turns: list                  # per episode: [(start, end)] columns of each assistant turn
     texts: list                  # per episode: each turn's text, without its end-of-turn token
@@ -174,7 +174,7 @@ def rollout(engine, chat, rows, cfg, seed=0, group=None, greedy=False, toolbox_f
     def force(i, ids, column):
         ids = ids[:T - column]
         if ids:
-            forced[i, column:column + len(ids)] = torch.tensor(ids, device=device)
+            forced[i, column:column + len(ids)] = to_device(ids, device)
 
     prompts = []
     episodes = []
@@ -208,23 +208,23 @@ def rollout(engine, chat, rows, cfg, seed=0, group=None, greedy=False, toolbox_f
                 break
             if (kept := engine.drop(ended)) is not None:
                 slots = [slots[s] for s in kept]
-                at = torch.tensor(slots, device=device)
-                choice = choice[torch.tensor(kept, device=device)]
+                at = to_device(slots, device)
+                choice = choice[to_device(kept, device)]
             logits = engine.step(choice, t)
 
     for e in episodes:
         if not e.ended and e.start < T:  # the turn that was cut is scored as it stands
             e.end_turn(chat, cfg, closed=False)
-    length = torch.tensor([len(e.ids) for e in episodes], device=device)
-    width = max(len(e.ids) for e in episodes)
-    tokens = torch.tensor([e.ids + [0] * (width - len(e.ids)) for e in episodes], device=device)
-    inside = torch.arange(width, device=device) < length[:, None]
+    length = torch.tensor([len(e.ids) for e in episodes])
+    width = int(length.max())
+    tokens = to_device([e.ids + [0] * (width - len(e.ids)) for e in episodes], device)
+    inside = torch.arange(width, device=device) < to_device(length.tolist(), device)[:, None]
     sampled = inside & (forced[:, :width] < 0)
     logp = torch.where(sampled, logp[:, :width], 0.0)
     entropy = torch.where(sampled, entropy[:, :width], 0.0)
     if not bool((logp + entropy).isfinite().all()):
         raise FloatingPointError("the policy's logits are not finite: its weights have diverged")
-    truncated = torch.tensor([not e.ended for e in episodes], device=device)
+    truncated = to_device([not e.ended for e in episodes], device)
     return Rollout(
         rows, prompts, G, tokens, sampled, logp, entropy, length, truncated,
         [e.turns for e in episodes], [e.texts for e in episodes], [e.refused for e in episodes],
@@ -282,8 +282,8 @@ def token_regions(batch, chat):
             found += [(i, t, r) for t, touched in enumerate(regions, start) for r in touched]
     covers = torch.zeros(*batch.tokens.shape, len(REGIONS), dtype=torch.bool)
     covers[tuple(torch.tensor(found).T)] = True
-    region = torch.where(batch.sampled, region.to(batch.sampled.device), -1)
-    return region, covers.to(region.device) & batch.sampled[..., None]
+    region, covers = (x.to(batch.sampled.device, non_blocking=True) for x in (region, covers))
+    return torch.where(batch.sampled, region, -1), covers & batch.sampled[..., None]
 
 # ---- token weights: the heart of ResT ----
 
@@ -342,7 +342,7 @@ def rest_official(batch, cfg, progress):
     tokens 0, so that nothing trains stopping, and weights only the first call of a block."""
     clock = 0.6 + 0.002 * round(progress * cfg.steps)
     constants = [1.0, 0.0, 1.2, min(1.2, clock), min(1.0, clock), 0.0]  # in the order of REGIONS
-    weight = (torch.tensor(constants, device=batch.covers.device) * batch.covers).amax(-1)  # (N, T)
+    weight = (to_device(constants, batch.covers.device) * batch.covers).amax(-1)  # (N, T)
     return normalise_weights(weight, batch.sampled & (weight > 0))
 
 def uniform(batch, cfg, progress):
@@ -498,7 +498,7 @@ def update(engine, optimizer, batch, advantages, weight, cfg, on_policy=False):
     parameters = [p for p in engine.model.parameters() if p.requires_grad]
     scale = loss_scale(batch.sampled, weight, cfg.aggregation, cfg.max_completion_tokens)  # (N,)
     teaches = advantages.view(-1, batch.group).ne(0).any(1)                                # (P,)
-    groups = teaches.nonzero()[:, 0].tolist()
+    groups = [p for p, teaching in enumerate(teaches.tolist()) if teaching]
     micro_batches = engine.micro_batches(batch, groups, cfg.micro_batch_tokens)
     total = Counter()
     skipped = 0
@@ -507,7 +507,7 @@ def update(engine, optimizer, batch, advantages, weight, cfg, on_policy=False):
         sums = torch.zeros(4, device=device)                       # loss, clipped tokens, KL, tokens
         for part in micro_batches:
             logp = engine.logps(batch, part, cfg.temperature)      # (n, T), T of the longest
-            rows = torch.tensor(part, device=device)               # (n,)
+            rows = to_device(part, device)                         # (n,)
             T = logp.shape[1]
             logp_old = batch.logp[rows, :T]                        # (n, T)
             mask = batch.sampled[rows, :T]                         # (n, T)
@@ -554,7 +554,7 @@ def train_step(engine, chat, optimizer, rows, cfg, step, toolbox_for=None, clock
     weight = WEIGHTS[cfg.method](batch, cfg, progress)                                  # (N, T)
     batch.scores = score_batch(batch)
     rewards = [episode_reward(*score[:2], progress, cfg.reward_scaling) for score in batch.scores]
-    rewards = torch.tensor(rewards, device=batch.tokens.device).view(-1, batch.group)   # (P, G)
+    rewards = to_device(rewards, batch.tokens.device).view(-1, batch.group)             # (P, G)
     batch.advantages = group_advantages(rewards, cfg.method != "dr-grpo", cfg.delta).flatten()
     clock("reward")
     lr = learning_rate(cfg, step)
@@ -954,7 +954,7 @@ class Engine:
         keep = [s for s, finished in enumerate(done) if not finished]
         if len(keep) > 0.75 * len(done) or not self._can_drop():
             return None
-        rows = torch.tensor(keep, device=self.device)
+        rows = to_device(keep, self.device)
         self.cache.batch_select_indices(rows)
         self.mask = self.mask[rows]
         self.count = self.count[rows]
@@ -992,7 +992,7 @@ class Engine:
         What stands behind a completion is padding, never seen by what precedes it."""
         T = max(batch.length[rows].tolist())
         ids, mask = left_pad([batch.prompts[i // batch.group] for i in rows], self.device)  # (n, Lp)
-        completions = batch.tokens[rows, :T]                                                # (n, T)
+        completions = batch.tokens[to_device(rows, self.device), :T]                        # (n, T)
         mask = F.pad(mask, (0, T), value=True)                                              # (n, Lp+T)
         with autocast(self.model):
             logits = self._run(torch.cat([ids, completions], 1), mask, (mask.cumsum(1) - 1).clamp(min=0),
@@ -1010,9 +1010,13 @@ def token_logps(logits, targets, temperature):
 def left_pad(prompts, device):
     """P id lists -> ids int64 [P, Lp], mask bool [P, Lp]; the last prompt token stands in the last column."""
     width = max(map(len, prompts))
-    count = torch.tensor([len(ids) for ids in prompts], device=device)
-    ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=device)
+    ids = to_device([[0] * (width - len(ids)) + ids for ids in prompts], device)
+    count = to_device([len(ids) for ids in prompts], device)
     return ids, torch.arange(width, device=device) >= width - count[:, None]
+
+def to_device(values, device):
+    """Lists as a tensor there; from pinned memory, so that a GPU's queue is not waited for."""
+    return torch.tensor(values, pin_memory=torch.device(device).type == "cuda").to(device, non_blocking=True)
 
 def autocasts(model):
     """Whether float32 weights compute in bfloat16: on GPUs that have it natively."""
