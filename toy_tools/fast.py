@@ -55,9 +55,10 @@ def inside(model):
 @dataclass
 class PackedLayout:
     """Batch rows [prompt | G completions of T tokens], length Lp + G*T. prompt_mask: bool [P, Lp],
-    False at left padding."""
+    False at left padding; padded: whether there is any."""
 
     prompt_mask: torch.Tensor
+    padded: bool
     group: int
     length: int
     masks: tuple = None  # the same for all layers
@@ -95,7 +96,7 @@ class PackedLayout:
         causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
         # padding sees itself: a fully masked row would be NaN
         eye = torch.eye(Lp, dtype=torch.bool, device=device)
-        prompt = None if self.prompt_mask.all() else (see & torch.ones_like(eye).tril()) | eye
+        prompt = (see & torch.ones_like(eye).tril()) | eye if self.padded else None
         own = torch.cat([see.expand(P, 1, T, Lp), causal.expand(P, 1, T, T)], -1)
         return prompt, own.repeat_interleave(G, 0)
 
@@ -107,14 +108,14 @@ class DecodeLayout:
     It plays both parts that transformers knows: the cache (`update`) and, through shared_attention, the
     attention pattern."""
 
-    def __init__(self, prompt_mask, group, length):
+    def __init__(self, prompt_mask, padded, group, length):
         self.prompt_mask = prompt_mask
         self.group = group
         self.length = length
         self.position = prompt_mask.sum(1).repeat_interleave(group)  # (S,), of column 0
         self.prompt = []
         self.own = []
-        self.packed = PackedLayout(prompt_mask, 0, 0)
+        self.packed = PackedLayout(prompt_mask, padded, 0, 0)
         self.step = None
         self.bias = None
 
@@ -186,16 +187,17 @@ class StaticLayout(DecodeLayout):
     prepared step of each width."""
 
     def __init__(self, prompts, group, length, columns, device):
-        super().__init__(torch.zeros(prompts, columns, dtype=torch.bool, device=device), group, length)
+        mask = torch.zeros(prompts, columns, dtype=torch.bool, device=device)
+        super().__init__(mask, True, group, length)
         self.ids = torch.zeros_like(self.position)
         self.column = self.position.new_zeros(1)
         self.width = 0
         self.runs = {}
 
-    def begin(self, prompt_mask):
+    def begin(self, prompt_mask, padded):
         """Another rollout; prompt_mask as DecodeLayout's, of at most as many columns."""
         self.step = None
-        self.packed = PackedLayout(prompt_mask, 0, 0)
+        self.packed = PackedLayout(prompt_mask, padded, 0, 0)
         self.prompt_mask.zero_()[:, -prompt_mask.shape[1]:] = prompt_mask
         self.position.copy_(prompt_mask.sum(1).repeat_interleave(self.group))
         for x in self.tensors():  # what is masked must still be finite
@@ -360,9 +362,9 @@ class SharedEngine(rest.Engine):
         if self.graph or self.compiled:
             self.rungs = self.keep(len(prompts), group, max_tokens, ids.shape[1])
             self.layout = self.rungs[0]
-            self.layout.begin(mask)
+            self.layout.begin(mask, ragged(prompts))
         else:
-            self.layout = DecodeLayout(mask, group, max_tokens)
+            self.layout = DecodeLayout(mask, ragged(prompts), group, max_tokens)
         logits = self.forward(ids, (mask.cumsum(1) - 1).clamp(min=0))             # (P, V)
         return logits.repeat_interleave(group, 0)                                 # (S, V)
 
@@ -485,8 +487,7 @@ class SharedEngine(rest.Engine):
         for k in keep:  # finished ones last; some stay where another group is fuller
             order = sorted(range(G), key=lambda s: groups[k][s])
             slots += [k * G + s for s in order[:width]]
-        keep, at = (torch.tensor(x, device=self.device) for x in (keep, slots))
-        self.layout = self.layout.select(keep, at, into)
+        self.layout = self.layout.select(*(rest.to_device(x, self.device) for x in (keep, slots)), into)
         return slots
 
     # update
@@ -523,16 +524,18 @@ class SharedEngine(rest.Engine):
         groups = list(dict.fromkeys(row // batch.group for row in rows))
         P, n = len(groups), len(rows) // len(groups)
         T = max(batch.length[rows].tolist())
-        completions = batch.tokens[rows, :T].view(P, n * T)
-        ids, mask = rest.left_pad([batch.prompts[p] for p in groups], self.device)         # (P, Lp)
+        completions = batch.tokens[rest.to_device(rows, self.device), :T].view(P, n * T)
+        prompts = [batch.prompts[p] for p in groups]
+        ids, mask = rest.left_pad(prompts, self.device)                                    # (P, Lp)
         Lp = ids.shape[1]
         before = (mask.cumsum(1) - 1).clamp(min=0)                                         # (P, Lp)
+        layout = PackedLayout(mask, ragged(prompts), n, T)
         after = mask.sum(1, keepdim=True) + torch.arange(T, device=self.device)            # (P, T)
         with rest.autocast(self.model), self.attention():
             hidden = self.causal.base_model(
                 input_ids=torch.cat([ids, completions], 1),
                 position_ids=torch.cat([before, after.repeat(1, n)], 1),
-                use_cache=False, layout=PackedLayout(mask, n, T)).last_hidden_state        # (P, Lp+n*T, H)
+                use_cache=False, layout=layout).last_hidden_state                          # (P, Lp+n*T, H)
             last = hidden[:, None, Lp - 1:Lp].expand(-1, n, -1, -1)                        # (P, n, 1, H)
             own = hidden[:, Lp:].unflatten(1, (n, T))[:, :, :-1]                           # (P, n, T-1, H)
             states = torch.cat([last, own], 2).flatten(0, 2)                               # (P*n*T, H)
@@ -565,6 +568,11 @@ def close(a, b):
         return False
     a, b = (x.nan_to_num(0.0, 0.0, 0.0) for x in (a, b))  # words that a model rules out have logit -inf
     return bool((a - b).abs().max() <= (1e-4 if exact else 5e-2) * b.abs().max())
+
+
+def ragged(prompts):
+    """Whether these id lists differ in length, so that some are padded."""
+    return len(set(map(len, prompts))) > 1
 
 
 def size(layouts):
@@ -678,7 +686,7 @@ def probe_batch(model, lengths=(40, 3, 11)):
     prompts = [torch.randint(0, config.vocab_size, (min(n, longest),), generator=g).tolist() for n in lengths]
     tokens = torch.randint(0, config.vocab_size, (6, 6), generator=g)
     length = torch.tensor([6, 2, 2, 4, 2, 2])
-    tokens, length = (x.to(next(model.parameters()).device) for x in (tokens, length))
+    tokens = tokens.to(next(model.parameters()).device)
     return rest.Rollout([], prompts, 2, tokens, *[None] * 3, length, *[None] * 3)
 
 

@@ -255,25 +255,28 @@ def supervised(model, sequences, steps, learning_rate, micro_batch, what="warm s
         chosen = sorted(sequences(step), key=lambda pair: len(pair[0]))
         total = sum(sum(mask) for _, mask in chosen)
         optimizer.zero_grad(set_to_none=True)
-        loss = 0.0
+        parts = []
         for start in range(0, len(chosen), micro_batch):
             part = chosen[start:start + micro_batch]
             width = len(part[-1][0])  # right-padded: what is behind is not seen
-            ids = torch.tensor([i + [0] * (width - len(i)) for i, _ in part], device=device)
-            mask = torch.tensor([m + [False] * (width - len(m)) for _, m in part], device=device)[:, 1:]
-            targets = ids[:, 1:][mask]
+            ids = rest.to_device([i + [0] * (width - len(i)) for i, _ in part], device)  # (n, width)
+            at = [row * width + t for row, (_, mask) in enumerate(part)
+                  for t, learnt in enumerate(mask[1:]) if learnt]
+            at = rest.to_device(at, device).long()  # (tokens,), of n * width: each predicts the next
+            targets = ids.flatten()[at + 1]
             with rest.autocast(model):
                 if head is None:
-                    logits = model(input_ids=ids, use_cache=False).logits[:, :-1][mask]   # (tokens, V)
+                    logits = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)[at]
                     logp = rest.token_logps(logits, targets, 1.0)
                 else:  # logits of the tokens to learn only
                     states = causal.base_model(input_ids=ids, use_cache=False).last_hidden_state
-                    logp = fast.head_logps(states[:, :-1][mask], targets, 1.0, head)
+                    logp = fast.head_logps(states.flatten(0, 1)[at], targets, 1.0, head)
             micro = -logp.sum() / total
             micro.backward()
-            loss += float(micro.detach())
+            parts.append(micro.detach())
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
+        loss = sum(torch.stack(parts).tolist())  # the one wait of a step
         losses.append(loss)
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
     return losses
