@@ -246,7 +246,7 @@ def test_no_kept_step_runs_for_a_model_that_changed(monkeypatch, change, cast):
         change(model)
     now, expected = logits_of(graphed), logits_of(eager)
     far, near = (float((x - now).abs().max() / now.abs().max()) for x in (before, expected))
-    assert near < (0.02 if cast else 1e-5) and far > 0.1, (near, far)
+    assert near < (0.05 if cast else 1e-5) and far > 0.1, (near, far)
     assert graphed.captures == (1 if change is in_place else 2)
     assert [id(p) for p in model.parameters()] == weights and torch.is_autocast_cache_enabled()
     assert all(p.dtype == torch.float32 for p in model.parameters())
@@ -340,17 +340,22 @@ dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @gpu
 @dtypes
 @pytest.mark.parametrize("compiled", [False, True])
-def test_graph_and_eager_decoding_sample_the_same_on_a_gpu(tokenizer, monkeypatch, dtype, compiled):
-    """Two widths of columns, so at least two captures, in the first of two rollouts."""
+def test_a_graph_decodes_as_the_model_computes(tokenizer, monkeypatch, dtype, compiled):
+    """Two widths of columns, so two captures, in the first of two rollouts. What was sampled has the
+    log-probabilities of the update, as near as rounding lets it: a sample itself may tip."""
     monkeypatch.setattr(fast, "WIDTH", 128)
     model = qwen3().cuda().to(dtype)
     cfg = config(group=4, max_completion_tokens=140)
-    engine, eager = fast.engine(model, compiled=compiled), fast.SharedEngine(model, graph=False)
+    engine = fast.engine(model, compiled=compiled)
     for seed in range(2):
-        a, b = (samples(e, tokenizer, [ROW, LONG], cfg, seed=seed) for e in (engine, eager))
-        same = (a.tokens[:, :40] == b.tokens[:, :40]).cumprod(1).bool() & a.sampled[:, :40]
-        assert float(same.float().mean()) > 0.5  # a rounding may tip a sample, and all that follows it
-        assert torch.allclose(a.logp[:, :40][same], b.logp[:, :40][same], atol=0.1)
+        batch = samples(engine, tokenizer, [ROW, LONG], cfg, seed=seed)
+        assert batch.length.max() > 128
+        with torch.no_grad():
+            logp = engine.logps(batch, list(range(8)), cfg.temperature)
+        off = (logp - batch.logp)[batch.sampled].abs()
+        assert off.mean() < 0.05 and off.max() < 0.5, (off.mean(), off.max())
+        spread = batch.logp[batch.sampled].std()
+        assert spread > 5 * off.mean(), spread
         assert engine.captures == 2 and engine.graph and engine.compiled == compiled
 
 
