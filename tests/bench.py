@@ -156,7 +156,7 @@ def make_ours(setting, shared=True, graph=True, compiled=False):
         if any(getattr(engine, name, None) != asked.get(name) for name in ("graph", "compiled")):
             raise RuntimeError("the decoding step could not be captured or compiled (see the warning above): leave this arm out by --arms")
         setting.check(batch.prompts, batch.length.tolist())
-        setting.lengths = batch.length
+        setting.lengths = batch.length.to(setting.args.device)
         if setting.ragged:
             return {"rollout_s": middle - start, "tokens": int(batch.length.sum())}
         rewards = torch.rand(setting.prompts, setting.group, generator=torch.Generator().manual_seed(repeat)).to(batch.tokens.device)
