@@ -186,7 +186,7 @@ def make_ours(setting, shared=True, graph=True, compiled=False):
             raise RuntimeError("the decoding step could not be captured or compiled (see the warning above): "
                                "leave this arm out by --arms")
         setting.check(batch.prompts, batch.length.tolist())
-        setting.lengths = batch.length
+        setting.lengths = batch.length.to(setting.args.device)
         if setting.ragged:
             return {"rollout_s": middle - start, "tokens": int(batch.length.sum())}
         draw = torch.Generator().manual_seed(repeat)

@@ -79,8 +79,9 @@ class GPU(TorchDispatchMode):
     def __enter__(self):
         self.patches = ExitStack()
         for owner, name, new in [
-                (torch, "tensor", tensor), (torch.Tensor, "to", to), (torch.Tensor, "cpu", lambda x: to(x, "cpu")),
-                (torch.cuda, "_lazy_init", lambda: None), (torch.cuda, "is_bf16_supported", lambda **options: False),  # no autocast
+                (torch, "tensor", tensor), (torch.Tensor, "to", to),
+                (torch.Tensor, "cpu", lambda x: to(x, "cpu")), (torch.cuda, "_lazy_init", lambda: None),
+                (torch.cuda, "is_bf16_supported", lambda **options: False),  # no autocast
                 (torch.cuda, "synchronize", lambda *args: wait("synchronize")),
                 (torch.nn.utils.clip_grad, "_group_tensors_by_device_and_dtype", grouped)]:
             self.patches.enter_context(mock.patch.object(owner, name, new))
@@ -176,7 +177,8 @@ def count(name, func, args, kwargs, gpu, leaves):
     copies = name == "_to_copy" and (leaves or not gpu) and not kwargs.get("non_blocking")
     if name == "copy_":
         copies = len(gpu) == 1 and isinstance(args[1], torch.Tensor) and not (*args, False)[2]
-    by_number = name == "repeat_interleave" and func._overloadname == "Tensor" and "output_size" not in kwargs
+    sized = func._overloadname != "Tensor" or "output_size" in kwargs
+    by_number = name == "repeat_interleave" and not sized
     indices = [x for x in args[1] if x is not None] if name in INDEXING else []
     by_mask = any(x.dtype == torch.bool for x in indices)
     from_host = any(not isinstance(x, GpuTensor) for x in indices)
@@ -213,7 +215,8 @@ def tensor(data, *, device=None, pin_memory=False, **options):
 def to(self, *args, **kwargs):
     """Tensor.to, by what the arguments say of the device."""
     places = [*args, kwargs.get("device"), kwargs.get("other")]
-    away = any(isinstance(x, (str, torch.device)) and not is_cuda(x) or type(x) is torch.Tensor for x in places)
+    away = any(isinstance(x, (str, torch.device)) and not is_cuda(x) or type(x) is torch.Tensor
+               for x in places)
     if isinstance(self, GpuTensor) and away:
         LEAVING.append(1)
         try:

@@ -2,6 +2,7 @@
 prompts shared, from a step of fixed shapes, compiled, and (on a GPU) from a CUDA graph; and which
 models it is chosen for."""
 
+import copy
 import math
 import os
 import random
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import rest
-from toy_tools import fast, policy, tasks
+from toy_tools import fast, lora, policy, tasks
 
 LONG = {**ROW, "messages": [{"role": "user", "content": "please add the numbers 1 and 2 for me, would you?"}]}
 MIXED = [ROW, LONG, {**LONG, "tools": []}]
@@ -250,6 +251,36 @@ def test_no_kept_step_runs_for_a_model_that_changed(monkeypatch, change, cast):
     assert graphed.captures == (1 if change is in_place else 2)
     assert [id(p) for p in model.parameters()] == weights and torch.is_autocast_cache_enabled()
     assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_what_a_diverged_model_left_is_never_read(tokenizer):
+    """Keys and values that are not finite, where the next rollout has padding and columns to come."""
+    model, cfg = qwen3(), config(max_completion_tokens=20)
+    engine, weights = Graphed(model), copy.deepcopy(model.state_dict())
+    samples(engine, tokenizer, [LONG, LONG], cfg)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(math.nan)
+    with pytest.raises(FloatingPointError):
+        samples(engine, tokenizer, [LONG, LONG], cfg)
+    model.load_state_dict(weights)
+    a, b = (samples(e, tokenizer, [ROW, ROW], cfg) for e in (engine, fast.SharedEngine(model)))
+    assert_same(a, b)
+    assert engine.captures == 1
+
+
+def test_an_adapter_that_is_switched_off_is_not_replayed():
+    pytest.importorskip("peft")
+    model = lora.add(qwen3(), 4)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p)
+    graphed = Graphed(model)
+    on = logits_of(graphed)
+    with model.disable_adapter():
+        off = logits_of(graphed)
+        assert torch.allclose(off, logits_of(fast.SharedEngine(model)), atol=1e-4)
+    assert (on - off).abs().max() > 0.1 and torch.equal(logits_of(graphed), on)
 
 
 def test_what_is_kept_is_bounded(monkeypatch):

@@ -51,16 +51,19 @@ def waits(work):
 
 def test_the_pretended_gpu_counts_waits_and_refuses_mixtures():
     x = fake_gpu.GpuTensor(torch.arange(3.0))
-    quiet = (lambda: x * 2 + 1, lambda: x.sum(), lambda: x[rest.to_device([0, 2], "cuda")], lambda: x[1:] + x[0],
-             lambda: torch.zeros(2, device="cuda").fill_(3), lambda: rest.left_pad([[1], [2, 3]], "cuda"))
+    quiet = (lambda: x * 2 + 1, lambda: x.sum(), lambda: x[rest.to_device([0, 2], "cuda")],
+             lambda: x[1:] + x[0], lambda: torch.zeros(2, device="cuda").fill_(3),
+             lambda: rest.left_pad([[1], [2, 3]], "cuda"))
     for work in quiet:
         assert waits(work) == 0
-    loud = (lambda: x.sum().item(), lambda: bool((x > 0).all()), lambda: x.tolist(), lambda: x.cpu(), lambda: x[x > 0],
-            lambda: x[[0, 2]], lambda: torch.tensor([1, 2], device="cuda"), lambda: torch.ones(2).to("cuda"),
-            lambda: x.nonzero())
+    loud = (lambda: x.sum().item(), lambda: bool((x > 0).all()), lambda: x.tolist(), lambda: x.cpu(),
+            lambda: x[x > 0], lambda: x[[0, 2]], lambda: torch.tensor([1, 2], device="cuda"),
+            lambda: torch.ones(2).to("cuda"), lambda: x.nonzero())
     for work in loud:
         assert waits(work) == 1
-    for work in (lambda: x + torch.ones(3), lambda: torch.cat([x, torch.ones(3)]), lambda: torch.ones(3)[x.long()]):
+    mixed = (lambda: x + torch.ones(3), lambda: torch.cat([x, torch.ones(3)]),
+             lambda: torch.ones(3)[x.long()])
+    for work in mixed:
         with pytest.raises(fake_gpu.DeviceMix, match=r"test_waits.py:\d+"):
             waits(work)
 
@@ -70,7 +73,8 @@ def test_one_wait_a_token(tokenizer, name):
     engine = ENGINES[name](fake_gpu.to_gpu(never_ending(qwen3(), tokenizer)))
 
     def count(tokens):
-        return waits(lambda: rest.rollout(engine, rest.Chat(tokenizer), MIXED, config(max_completion_tokens=tokens)))
+        cfg = config(max_completion_tokens=tokens)
+        return waits(lambda: rest.rollout(engine, rest.Chat(tokenizer), MIXED, cfg))
     count(10)  # a first time, for what is prepared once
     count(30)
     assert count(30) - count(10) == 20 * (1 + OWN[name])
@@ -120,7 +124,8 @@ def test_a_step_waits_once_a_pass_and_once_for_all_metrics(tokenizer, name, monk
             def clock(phase):
                 found[phase] = gpu.waits.total()
                 gpu.waits.clear()
-            rest.train_step(engine, rest.Chat(tokenizer), optimizer, MIXED, config(**options), 0, clock=clock)
+            cfg = config(**options)
+            rest.train_step(engine, rest.Chat(tokenizer), optimizer, MIXED, cfg, 0, clock=clock)
             clock("metrics")
         return found, len(parts)
     one, few = phases()
@@ -139,8 +144,10 @@ def test_an_evaluation_waits_once_a_token_and_three_times_a_batch(tokenizer, nam
 
     def count(rows, tokens=5):
         cfg = config(max_completion_tokens=tokens)
-        return waits(lambda: rest.evaluate(engine, rest.Chat(tokenizer), [LONG] * 4, cfg, greedy=True, batch_rows=rows))
-    count(2), count(4), count(4, 9)
+        return waits(lambda: rest.evaluate(
+            engine, rest.Chat(tokenizer), [LONG] * 4, cfg, greedy=True, batch_rows=rows))
+    for shape in ((2,), (4,), (4, 9)):  # a first time, for what is prepared once
+        count(*shape)
     assert count(4, 9) - count(4) == 4 * (1 + OWN[name])
     own = OWN[name] and 5 + count(4) - 2 * 5 - 3  # what a prefill of the model's own adds
     assert count(2) - count(4) == 5 + 3 + own and own <= 10
@@ -151,7 +158,7 @@ def test_a_warm_start_waits_once_a_step(tokenizer):
 
     def count(steps, micro_batch):
         pairs = [(ROW, CALL)] * 4
-        return waits(lambda: policy.warm_start(model, tokenizer, pairs, steps, 4, 1e-3, micro_batch=micro_batch,
-                                               progress=False))
+        return waits(lambda: policy.warm_start(
+            model, tokenizer, pairs, steps, 4, 1e-3, micro_batch=micro_batch, progress=False))
     own = count(1, 2) - count(1, 4)  # one micro-batch more: what transformers' forward waits
     assert own <= 1 and count(3, 4) - count(1, 4) == 2 * (1 + own)

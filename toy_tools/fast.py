@@ -128,8 +128,9 @@ class DecodeLayout:
 
     def keep_prompt(self, k, v, layer):
         P, Hkv, _, D = k.shape
+        own = tuple(k.new_zeros(P, Hkv, self.group, self.length, D) for _ in range(2))
         self.prompt.append((k.contiguous(), v.contiguous()))
-        self.own.append(tuple(k.new_zeros(P, Hkv, self.group, self.length, D) for _ in range(2)))
+        self.own.append(own)
 
     def add_own(self, new, layer):
         """new: k and v [P, Hkv, G, 1, D] of this step -> all so far, [P, Hkv, G, t, D]."""
@@ -200,20 +201,15 @@ class StaticLayout(DecodeLayout):
         self.packed = PackedLayout(prompt_mask, padded, 0, 0)
         self.prompt_mask.zero_()[:, -prompt_mask.shape[1]:] = prompt_mask
         self.position.copy_(prompt_mask.sum(1).repeat_interleave(self.group))
-        for x in self.tensors():  # what is masked must still be finite
-            x.zero_()
-
-    def tensors(self):
-        return [x for kv in (*self.prompt, *self.own) for x in kv]
 
     def keep_prompt(self, k, v, layer):
-        P, Hkv, L, D = k.shape
+        # what is masked must still be finite: it is 0 in each rollout
+        missing = self.prompt_mask.shape[1] - k.shape[2]
+        k, v = (F.pad(x, (0, 0, missing, 0)) for x in (k, v))
         if layer == len(self.prompt):
-            columns = self.prompt_mask.shape[1]
-            self.prompt.append(tuple(k.new_zeros(P, Hkv, columns, D) for _ in range(2)))
-            self.own.append(tuple(k.new_zeros(P, Hkv, self.group, self.length, D) for _ in range(2)))
-        for kept, x in zip(self.prompt[layer], (k, v)):
-            kept[:, :, -L:] = x
+            return super().keep_prompt(k, v, layer)
+        for kept, x in zip(self.prompt[layer] + self.own[layer], (k, v, 0, 0)):
+            kept[:] = x
 
     def add_own(self, new, layer):
         return tuple(own.index_copy_(3, self.column, x)[:, :, :, :self.width]
@@ -313,7 +309,7 @@ class SharedEngine(rest.Engine):
         self.kept = {}    # (P, G, T, Lp) -> rungs, the last used one last
         self.state = None  # the model's, when they were captured
         self.halves = {}  # linear layer -> its weight in bfloat16
-        self.stream = self.pool = None  # of captures
+        self.stream = self.pool = self.first = None  # of captures; the first graph
 
     @contextmanager
     def attention(self):
@@ -339,7 +335,8 @@ class SharedEngine(rest.Engine):
         does not here, and what else is cast is cast in the graph, at every step."""
         own = {}
         if self.graph and rest.autocasts(self.model):
-            own = {m: m.weight for m in self.model.modules() if type(m) is torch.nn.Linear}
+            own = {m: m.weight for m in self.model.modules()
+                   if type(m) is torch.nn.Linear and m.weight.dtype == torch.float32}
         remembers = torch.is_autocast_cache_enabled()
         try:
             for m, weight in own.items():
@@ -379,8 +376,11 @@ class SharedEngine(rest.Engine):
             self.kept.clear()
         shape = (prompts, group, length, columns)
         found = self.kept.pop(shape, None)
-        while self.kept and not found and (
-                len(self.kept) >= MAX_SHAPES or sum(map(size, self.kept.values())) > MAX_BYTES):
+        while self.kept and not found:
+            layouts = [full for full, *_ in self.kept.values()]
+            size = sum(x.nbytes for full in layouts for kv in (*full.prompt, *full.own) for x in kv)
+            if len(layouts) < MAX_SHAPES and size <= MAX_BYTES:
+                break
             del self.kept[next(iter(self.kept))]
         self.kept[shape] = found or rungs(*shape, self.device)
         return self.kept[shape]
@@ -463,8 +463,9 @@ class SharedEngine(rest.Engine):
                 with suppress(RuntimeError):
                     torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool)
                     torch._C._cuda_releasePool(torch.cuda.current_device(), self.pool)
-                self.pool = None
+                self.pool = self.first = None
                 raise
+        self.first = self.first or graph  # a pool ends with the last of its graphs
         return graph.replay, result
 
     def drop(self, done):
@@ -575,11 +576,6 @@ def ragged(prompts):
     return len(set(map(len, prompts))) > 1
 
 
-def size(layouts):
-    """Bytes of the keys and values of `rungs`."""
-    return sum(x.nbytes for x in layouts[0].tensors())
-
-
 def fingerprint(model):
     """What a captured step took for granted: where parameters and buffers lie, which modules there are,
     their hooks and their plain attributes, by which adapters are switched, say."""
@@ -588,7 +584,7 @@ def fingerprint(model):
     state = [x.data_ptr() for x in (*model.parameters(), *model.buffers())]
     for module in model.modules():
         values = [(name, str(x)) for name, x in vars(module).items()
-                  if isinstance(x, plain) and name not in inner]
+                  if isinstance(x, plain) and x and name not in inner]
         state.append((id(module), values))
     return state
 
