@@ -173,9 +173,10 @@ def test_what_a_family_shows_is_found_and_the_rest_written_otherwise(bring, name
     talk = chat.TemplateChat(bring(template), "Think first.")
     assert talk.tokenizer.convert_ids_to_tokens(talk.end_id) == end
     assert {talk.end_id, talk.tokenizer.eos_token_id} <= talk.end_ids
-    tool = {"name": "größe", "description": "测量长度", "parameters": {"type": "object", "properties": {}}}
-    row = {"messages": [{"role": "system", "content": "Sei kürzer."}, {"role": "user", "content": "Größe?"}],
-           "tools": [{"type": "function", "function": tool}]}
+    tool = {"name": "größe", "description": "测量长度",
+            "parameters": {"type": "object", "properties": {}}}
+    messages = [{"role": "system", "content": "Sei kürzer."}, {"role": "user", "content": "Größe?"}]
+    row = {"messages": messages, "tools": [{"type": "function", "function": tool}]}
     text = read(talk, talk.prompt(row))
     for words in ("Think first.", "Sei kürzer.", "Größe?", '"größe"', "测量长度"):
         assert text.count(words) == 1

@@ -179,8 +179,8 @@ def test_who_is_to_blame_for_a_call_is_counted(caplog):
     async def later(a):
         return a + 1
     functions = {"missing": missing, "unhappy": unhappy, "odd": lambda a: {1, 2}, "later": later}
-    calls = [Call("missing", {"a": 1}), Call("missing", {"a": 2}), Call("unhappy", {"a": 1}), Call("odd", {"a": 1}),
-             Call("later", {"a": 1}), Call("later", {}), Call("none", {})]
+    calls = [Call("missing", {"a": 1}), Call("missing", {"a": 2}), Call("unhappy", {"a": 1}),
+             Call("odd", {"a": 1}), Call("later", {"a": 1}), Call("later", {}), Call("none", {})]
     texts, refused, failed = rest.execute(calls, functions)
     assert texts[2] == "error: no booking of that code" and texts[4] == "2"
     assert (refused, failed) == (2, 4)

@@ -18,7 +18,8 @@ def test_the_shipped_start_is_what_its_metadata_says():
     bfloat16."""
     about = json.loads((policy.START / "start.json").read_text())
     assert policy.is_shipped() and about["recipe"] == policy.recipe()
-    assert about["files"] == policy.digest(policy.START) and set(about["versions"]) == {"torch", "transformers", "tokenizers"}
+    assert about["files"] == policy.digest(policy.START)
+    assert set(about["versions"]) == {"torch", "transformers", "tokenizers"}
     assert about["command"] == "python -m toy_tools.policy toy_tools/start"
     stored = load_file(policy.START / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
@@ -67,8 +68,12 @@ def test_every_version_of_the_libraries_takes_it(monkeypatch):
     assert policy.is_shipped()
 
 
-@pytest.mark.parametrize("options, trains", [([], False), (["--method", "grpo"], False), (["--warm-start-steps", "480"], True),
-                                             (["--seed", "1"], True), (["--mask-names"], True)], ids=str)
+@pytest.mark.parametrize("options, trains", [
+    ([], False),
+    (["--method", "grpo"], False),
+    (["--warm-start-steps", "480"], True),
+    (["--seed", "1"], True),
+    (["--mask-names"], True)], ids=str)
 def test_who_begins_from_it(monkeypatch, capsys, options, trains):
     """The default run and its methods, and says so; other seeds, masked names and --warm-start-steps
     train theirs."""

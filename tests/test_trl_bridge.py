@@ -27,12 +27,25 @@ from toy_tools.chat import TemplateChat
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # rollout_func, with which completions are prescribed here
 ROOT = Path(__file__).resolve().parent.parent
-P, G, ROOM, T_HOT, LR, SEED, STEPS = 3, 4, 300, 0.7, 0.5, 3, 3
+P = 3
+G = 4
+ROOM = 300
+T_HOT = 0.7
+LR = 0.5
+SEED = 3
+STEPS = 3
 LOSSES = {"grpo": "sequence", "dapo": "token", "bnpo": "token", "dr_grpo": "constant"}
-TEXTS = [CALL, CALL.replace("2}", "3}"), CALL.replace('": ', '":'),  # where `":{"` is one token of two regions
-         CALL.replace("</think>", ""), CALL[:40], "<response>it is 3</response>",
-         CALL + "\n<response>3</response>", "<think>hm</think><response>No tool.</response>"]
-ROWS = [{**ROW, "messages": [{"role": "user", "content": text}]} for text in ("1+2?", "one and two", "add 1, 2")]
+TEXTS = [
+    CALL,
+    CALL.replace("2}", "3}"),
+    CALL.replace('": ', '":'),  # where `":{"` is one token of two regions
+    CALL.replace("</think>", ""),
+    CALL[:40],
+    "<response>it is 3</response>",
+    CALL + "\n<response>3</response>",
+    "<think>hm</think><response>No tool.</response>"]
+ROWS = [{**ROW, "messages": [{"role": "user", "content": text}]}
+        for text in ("1+2?", "one and two", "add 1, 2")]
 VOCAB = 430
 BETWEEN = "\n<|im_start|>tool\n3<|im_end|>\n<|im_start|>assistant\n"
 
@@ -66,21 +79,24 @@ def make_trainer(folder, method="rest", chat=None, rows=ROWS, forced=True, model
         first = trainer.accelerator.process_index * len(prompts)
         pairs = [completion(chat, first + i, forced) for i in range(len(prompts))]
         ids, masks = map(list, zip(*pairs))
-        return {"prompt_ids": [chat.tokenizer(text)["input_ids"] for text in prompts], "completion_ids": ids,
-                "logprobs": [[0.0] * len(x) for x in ids], **({"env_mask": masks} if forced else {})}
-    more = {"scale_rewards": "none"} if method == "dr-grpo" else {}
-    keep = {key: options.pop(key) for key in ("reward_funcs", "rollout_func", "peft_config") if key in options}
-    args = trl.GRPOConfig(
-        output_dir=str(folder), **{
-            "per_device_train_batch_size": P * G, "num_generations": G, "max_completion_length": ROOM,
-            "temperature": T_HOT, "beta": 0.0, "loss_type": "grpo", "use_cpu": True, "bf16": False, "report_to": "none",
-            "save_strategy": "no", "gradient_checkpointing": False, "logging_steps": 1, "disable_tqdm": True,
-            "max_steps": 10, "optim": "sgd", "learning_rate": LR, "lr_scheduler_type": "constant",
-            "max_grad_norm": 1e9, "shuffle_dataset": False, "seed": SEED, **more, **options})
+        out = {"prompt_ids": [chat.tokenizer(text)["input_ids"] for text in prompts],
+               "completion_ids": ids, "logprobs": [[0.0] * len(x) for x in ids]}
+        return out | {"env_mask": masks} if forced else out
+    of_trainer = ("reward_funcs", "rollout_func", "peft_config")
+    given = {key: options.pop(key) for key in of_trainer if key in options}
+    usual = {
+        "per_device_train_batch_size": P * G, "num_generations": G, "max_completion_length": ROOM,
+        "temperature": T_HOT, "beta": 0.0, "loss_type": "grpo", "use_cpu": True, "bf16": False,
+        "report_to": "none", "save_strategy": "no", "gradient_checkpointing": False,
+        "logging_steps": 1, "disable_tqdm": True, "max_steps": 10, "optim": "sgd", "learning_rate": LR,
+        "lr_scheduler_type": "constant", "max_grad_norm": 1e9, "shuffle_dataset": False, "seed": SEED}
+    if method == "dr-grpo":
+        usual["scale_rewards"] = "none"
     return trl_bridge.ResTTrainer(
-        model or make_model(), chat, method, args=args,
+        model or make_model(), chat, method,
+        args=trl.GRPOConfig(output_dir=str(folder), **usual | options),
         train_dataset=trl_bridge.to_dataset(rows, chat),
-        **{"reward_funcs": numbered, "rollout_func": roll, **keep})
+        **{"reward_funcs": numbered, "rollout_func": roll} | given)
 
 
 def samples(trainer):
@@ -152,7 +168,8 @@ def theirs(trainer, out):
 
 def ours(model, batch, weight, aggregation):
     """(loss, gradient) of rest.update."""
-    cfg = rest.Config(aggregation=aggregation, temperature=T_HOT, max_completion_tokens=ROOM, max_grad_norm=1e9)
+    cfg = rest.Config(aggregation=aggregation, temperature=T_HOT, max_completion_tokens=ROOM,
+                      max_grad_norm=1e9)
     optimizer = Recorder(model.parameters(), lr=0.0)
     metrics = rest.update(rest.Engine(model), optimizer, batch, batch.advantages, weight, cfg)
     return metrics["loss"], optimizer.grads
@@ -195,7 +212,9 @@ def test_every_method_is_rests(at_step_4, method):
     for loss_type, aggregation in LOSSES.items():
         trainer.loss_type = loss_type
         out = trainer._generate_and_score_completions(samples(trainer))
-        share = weight * batch.sampled.sum() / weight.sum() if aggregation == "token" else weight  # TRL counts tokens
+        share = weight
+        if aggregation == "token":  # TRL counts tokens
+            share = weight * batch.sampled.sum() / weight.sum()
         assert torch.allclose(out["advantages"], batch.advantages[:, None] * share, atol=2e-4)
         out["old_per_token_logps"] = earlier.logp
         (loss, gradient), (same, reference) = theirs(trainer, out), expected[aggregation]
@@ -244,12 +263,12 @@ def score(chat, scaling, row, texts, step=0, ended=True):
     """(rewards, what is logged) of completions of one row by trl_bridge.reward."""
     record = trl_bridge.to_dataset([row], chat)[0]
     ids = [chat.encode(text) + [chat.tokenizer.eos_token_id] * ended for text in texts]
-    logged = []
+    logged = {}
     rewards = trl_bridge.reward(chat, scaling)(
         prompts=[record["prompt"]] * len(ids), completions=texts, completion_ids=ids,
         opening=[record["opening"]] * len(ids), row=[record["row"]] * len(ids),
-        trainer_state=SimpleNamespace(global_step=step, max_steps=10), log_metric=lambda *pair: logged.append(pair))
-    return rewards, dict(logged)
+        trainer_state=SimpleNamespace(global_step=step, max_steps=10), log_metric=logged.__setitem__)
+    return rewards, logged
 
 
 @pytest.mark.parametrize("scaling", ["dynamic", "static"])
@@ -374,12 +393,14 @@ def load_again():
 def one_step(folder, loss_type, method, world=1):
     """What one step of TRL's own loop makes of the global batch, in STEPS micro-batches: how far the weights
     moved, over the learning rate, and the metrics."""
-    trainer = make_trainer(folder, method, loss_type=loss_type, max_steps=1,
-                           per_device_train_batch_size=P * G // world // STEPS, gradient_accumulation_steps=STEPS)
+    trainer = make_trainer(
+        folder, method, loss_type=loss_type, max_steps=1,
+        per_device_train_batch_size=P * G // world // STEPS, gradient_accumulation_steps=STEPS)
     start = flat(trainer.model.parameters())
     trainer.train()
     moved = (start - flat(trainer.model.parameters())) / LR
-    return moved, {k: v for k, v in trainer.state.log_history[0].items() if k[:2] in ("H_", "w_") or k == "reward"}
+    logged = trainer.state.log_history[0].items()
+    return moved, {name: value for name, value in logged if name[:2] in ("H_", "w_") or name == "reward"}
 
 
 CASES = [("grpo", "rest"), ("dapo", "rest-official"), ("dr_grpo", "shuffled")]
@@ -402,9 +423,10 @@ def test_a_step_of_trls_loop_is_a_step_of_ours(alone, number):
 def launch(*arguments, **options):
     """A script in two processes on the CPU."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    # --cpu would start one; the script itself asks for the CPU
     words = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-             "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-             *map(str, arguments)]  # --cpu would start one; the script itself asks for the CPU
+             "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+             "--main_process_port", "0", *map(str, arguments)]
     return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300, **options)
 
 
@@ -452,11 +474,13 @@ def test_the_script_of_the_results_runs_as_printed(tmp_path):
     write_rows(tmp_path / "rows.jsonl", [ROW])
     make_model().save_pretrained(tmp_path / "DIR")
     make_tokenizer().save_pretrained(tmp_path / "DIR")
-    words = ("--model_name_or_path DIR --output_dir runs/trl --max_steps 1 --loss_type grpo --num_generations 2 "
-             "--use_cpu --per_device_train_batch_size 2 --max_completion_length 5 --learning_rate 1e-6 --bf16 False "
-             "--report_to none --save_strategy no --use_peft --lora_r 2 --lora_target_modules all-linear")
-    done = subprocess.run([sys.executable, "mine.py", *words.split()], cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=300)
+    words = ("--model_name_or_path DIR --output_dir runs/trl --max_steps 1 --loss_type grpo "
+             "--num_generations 2 --use_cpu --per_device_train_batch_size 2 --max_completion_length 5 "
+             "--learning_rate 1e-6 --bf16 False --report_to none --save_strategy no --use_peft --lora_r 2 "
+             "--lora_target_modules all-linear")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "mine.py", *words.split()], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert float(done.stdout.split()[-1]) < 0  # no completion of five random tokens is right
 
@@ -469,4 +493,5 @@ if __name__ == "__main__":
         torch.save(results, sys.argv[1])
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-    os._exit(0)  # without the interpreter's end, at which gloo's threads now and then abort a process that is done
+    # without the interpreter's end, at which gloo's threads now and then abort a process that is done
+    os._exit(0)
