@@ -6,7 +6,6 @@ import threading
 import time
 from types import SimpleNamespace
 
-import pytest
 import torch
 from conftest import CALL, ROW, ScriptedModel, adder, opened_template, qwen3, roll, scripted, scripted_turns
 
