@@ -1,6 +1,7 @@
 """The runs behind the tables of results/README.md. A finished run is not run again, a stopped one goes on.
 
     python results/study.py toy --workers 2      what is missing of a plan, each run with one thread
+    python results/study.py long-structure       another plan, of results/prediction.md; the third is `later`
     python results/study.py toy --table          its tables in Markdown; and PLAN-seeds.csv, PLAN-training.csv
 """
 
@@ -10,6 +11,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,7 +20,8 @@ sys.path.insert(0, str(HERE.parent))
 
 from toy_tools.show import interval, read_run, spread
 
-METHODS = ("grpo", "rest", "rest-official", "no-thought", "top-entropy", "low-prob", "token-entropy", "shuffled")
+METHODS = (
+    "grpo", "rest", "rest-official", "no-thought", "shuffled", "top-entropy", "low-prob", "token-entropy")
 KEPT = ["--keep-steps", "0", "4", "8", "15", "25", "60", "100"]
 TRAINING = ("exact", "format", "correct", "H_format", "H_name", "H_params", "H_thought")
 WINDOW = 5  # steps that a point of a training curve is the mean of
@@ -26,11 +29,11 @@ WINDOW = 5  # steps that a point of a training curve is the mean of
 
 # ---- plans: [(arm, seed, options)], in the order in which they are run ----
 
-def toy():
+def toy(runs):
     """The default run by method; then its ablations."""
     plan = []
-    for seed in range(8):
-        for method in METHODS:
+    for method in METHODS:
+        for seed in range(8):
             kept = KEPT if (method, seed) == ("rest", 0) else []
             plan.append((method, seed, ["--method", method, *kept]))
     for seed in range(5):
@@ -42,7 +45,27 @@ def toy():
     return plan
 
 
-PLANS = {"toy": toy}
+SMALL = ["--prompts", "2", "--learning-rate", "2e-4", "--train-rows", "1000", "--eval-rows", "100"]
+
+
+def long_structure(runs):
+    """Two prompts a step from a start with broken format, made by `python train_small.py --steps 0
+    --warm-start-steps 120 --output-dir RUNS/long-structure --name start`."""
+    arms = ("grpo", "rest", "rest-by-entropy", "signal-first")
+    return begun_from(runs / "long-structure" / "start", arms, ["--steps", "80", *SMALL])
+
+
+def later(runs):
+    """Two prompts a step, from step 25 of the default run."""
+    return begun_from(runs / "toy" / "rest-0" / "kept" / "step25", ("grpo", "rest"), ["--steps", "60", *SMALL])
+
+
+def begun_from(model, arms, options):
+    return [(arm, seed, ["--method", arm, "--model", str(model), *options])
+            for seed in range(8) for arm in arms]
+
+
+PLANS = {"toy": toy, "long-structure": long_structure, "later": later}
 
 
 # ---- running ----
@@ -52,10 +75,12 @@ def run(folder, name, options):
     if (folder / name / "after.json").exists():
         return
     resume = ["--resume"] if (folder / name).exists() else []
-    command = [sys.executable, str(HERE.parent / "train_small.py"), "--output-dir", str(folder), "--name", name]
+    command = [sys.executable, str(HERE / "curricula.py"), "--output-dir", str(folder)]
+    command += ["--name", name, *resume, *options]
     folder.mkdir(parents=True, exist_ok=True)
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(folder / f"{name}.log", "a") as log:
-        subprocess.run([*command, *resume, *options], stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        subprocess.run(command, stdout=log, stderr=log, env=one_thread)
     finished = (folder / name / "after.json").exists()
     print(name, "finished" if finished else f"failed: see {folder / name}.log", flush=True)
 
@@ -85,7 +110,7 @@ def reached(values, level):
 
 
 def collapse(one):
-    """Whether a run ends below its start; and where its format and correctness fell below half of their best."""
+    """A sentence on a run that ends below its start: when format and correctness fell to half their best."""
     if one["after"] >= one["before"]:
         return ""
     places = []
@@ -118,17 +143,18 @@ def category(one, name):
 
 def tables(found):
     """Markdown."""
-    counts = {arm: sum(one["arm"] == arm for one in found) for arm in dict.fromkeys(one["arm"] for one in found)}
+    counts = Counter(one["arm"] for one in found)
     fallen = [text for one in found if (text := collapse(one))]
     end = compare(found, lambda one: one["after"])
     area = compare(found, lambda one: statistics.mean(one["curve"]["exact"]))
     early = compare(found, lambda one: reached(one["curve"]["format"], 0.95))
-    lines = ["| arm | seeds | exact calls at the end | − grpo | mean of training | − grpo | steps to format 0.95 | − grpo | below start |",
-             "|---|---|---|---|---|---|---|---|---|"]
+    head = ["arm", "seeds", "exact calls at the end", "− grpo", "mean of training", "− grpo",
+            "steps to format 0.95", "− grpo", "below start"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for arm, count in counts.items():
         below = sum(text.startswith(f"{arm} seed") for text in fallen)
-        lines.append(f"| {arm} | {count} | {end[arm][0]} | {end[arm][1]} | {area[arm][0]} | {area[arm][1]} | "
-                     f"{early[arm][0]} | {early[arm][1]} | {below} |")
+        cells = [arm, str(count), *end[arm], *area[arm], *early[arm], str(below)]
+        lines.append(f"| {' | '.join(cells)} |")
     names = list(dict.fromkeys(line["category"] for line in found[0]["lines"]))
     lines += ["", "| arm | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
     by_name = {name: compare(found, lambda one, name=name: category(one, name)) for name in names}
@@ -148,19 +174,21 @@ def write(found, folder, plan):
         writer.writerow(["arm", "seed", "step", *TRAINING])
         for one in found:
             for step, values in enumerate(zip(*one["curve"].values())):
-                writer.writerow([one["arm"], one["seed"], step, *(round(value, 4) for value in values)])
+                values = [round(value, 4) for value in values]
+                writer.writerow([one["arm"], one["seed"], step, *values])
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("plan", choices=PLANS)
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="the plan's runs lie in a folder of its name here")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="a folder RUNS/PLAN holds the runs")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     parser.add_argument("--table", action="store_true", help="run nothing, print the tables")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of the CSV files")
     args = parser.parse_args(argv)
     folder = args.runs.resolve() / args.plan
-    plan = PLANS[args.plan]()
+    plan = PLANS[args.plan](folder.parent)
     if args.table:
         found = read(folder, plan)
         write(found, args.out, args.plan)
