@@ -223,7 +223,7 @@ def rollout(engine, chat, rows, cfg, seed=0, group=None, greedy=False, toolbox_f
     sampled = padded([e.sampled for e in episodes]).bool()
     logp = torch.where(sampled, logp[:, :T], 0.0)
     entropy = torch.where(sampled, entropy[:, :T], 0.0)
-    if not bool((logp + entropy).isfinite().all()):
+    if not bool(logp.isfinite().all()):
         raise FloatingPointError("the policy's logits are not finite: its weights have diverged")
     length = torch.tensor([len(e.ids) for e in episodes], device=device)
     truncated = torch.tensor([not e.ended for e in episodes], device=device)

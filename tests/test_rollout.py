@@ -35,6 +35,20 @@ def test_a_script_comes_back_verbatim_with_its_end_token(tokenizer):
     assert not out.truncated.any() and out.tokens.shape[1] == int(out.length.max())
 
 
+def test_a_finished_row_that_stays_in_the_batch_gets_nothing_more(tokenizer):
+    """One of eight ends at once, too few to leave the batch; what its row goes on to say is not its own."""
+    texts = ["a", *[CALL] * 7]
+    model = scripted(tokenizer, texts)
+    engine = rest.Engine(model)
+    asked = []
+    drop = engine.drop
+    engine.drop = lambda done: asked.append(drop(done)) or asked[-1]
+    out = rest.rollout(engine, rest.Chat(tokenizer), [ROW] * 4, config(max_completion_tokens=130))
+    assert asked and not any(asked)
+    assert out.texts == [[text] for text in texts]
+    assert int(out.length[0]) == 2 and out.turns[0] == [(0, 2)]
+
+
 def test_truncation_is_marked_and_scored_as_it_stands(tokenizer):
     out = roll(scripted(tokenizer, [CALL, "a"]), tokenizer, [ROW], config(max_completion_tokens=5))
     assert out.truncated.tolist() == [True, False]
@@ -85,6 +99,18 @@ def test_a_uniform_of_zero_picks_no_impossible_word():
     assert ids.tolist() == [1] and logp.isfinite().all()
 
 
+def test_the_largest_uniform_picks_no_impossible_word(tokenizer, monkeypatch):
+    """The last word of positive probability, not the last word, though rounding may lift a uniform just
+    below 1 to the end of the cumulative distribution."""
+    V = len(tokenizer)
+    logits = torch.zeros(V)
+    logits[V - 5:] = -math.inf
+    below_one = 1 - 2**-24
+    monkeypatch.setattr(torch, "rand", lambda *shape, generator: torch.full(shape, below_one))
+    out = roll(ScriptedModel(lambda *_: logits, V), tokenizer, [ROW], config(max_completion_tokens=3))
+    assert (out.tokens == V - 6).all() and out.logp.isfinite().all()
+
+
 def test_live_episodes_execute_calls_and_feed_results_as_forced_tokens(tokenizer):
     """Pitfalls 2 and 3: the tool's tokens are in the episode and not in the mask; what was sampled
     stands there verbatim."""
@@ -102,7 +128,7 @@ def test_live_episodes_execute_calls_and_feed_results_as_forced_tokens(tokenizer
     assert rest.score_texts(out.texts[0], row) == (1.0, 1.0, True)
     region, covers = rest.token_regions(out, rest.Chat(tokenizer))
     assert (region[~out.sampled] == -1).all() and (region[out.sampled] >= 0).all()
-    assert not covers[~out.sampled].any()
+    assert not covers[~out.sampled].any() and covers[out.sampled].any(-1).all()
     assert region[0, b - 1] == rest.TAG == region[0, d - 1]  # end of turn is format
 
 
@@ -250,6 +276,8 @@ def test_a_forced_thought_opening_is_no_decision_of_the_policy(tokenizer):
     out = roll(fake, opened, [ROW], config(max_completion_tokens=90))
     assert out.tokens[0, :2].tolist() == forced and out.sampled[0, :3].tolist() == [False, False, True]
     assert out.texts[0][0].startswith("<think>\n") and rest.score_texts(out.texts[0], ROW)[2]
+    region, covers = rest.token_regions(out, rest.Chat(opened))
+    assert (region[:, :2] == -1).all() and not covers[:, :2].any() and covers[:, 2].any(-1).all()
 
 
 def test_who_leaves_the_batch_does_not_change_what_others_sample(tokenizer):
