@@ -114,7 +114,7 @@ class Rollout:
     sampled: torch.Tensor  # bool [N, T], chosen by the policy: neither tool results nor padding
     logp: torch.Tensor  # float32 [N, T], at the sampling temperature; 0 where not sampled
     entropy: torch.Tensor  # float32 [N, T], nats; the same
-    length: torch.Tensor  # int64 [N], sampled and forced tokens
+    length: torch.Tensor  # int64 [N], sampled and forced tokens; on the CPU
     truncated: torch.Tensor  # bool [N], ran out of max_completion_tokens
     turns: list  # per episode: [(start, end)] columns of each assistant turn
     texts: list  # per episode: each turn's text, without its end-of-turn token
@@ -204,10 +204,10 @@ def rollout(engine, chat, rows, cfg, seed=0, group=None, greedy=False, toolbox_f
             if t == T - 1 or all(ended):
                 break
             if ids != chosen:
-                choice = torch.tensor(ids, device=device)  # (S,)
+                choice = to_device(ids, device)  # (S,)
             if (kept := engine.drop(ended)) is not None:
                 active = [active[s] for s in kept]
-                kept = torch.tensor(kept, device=device)
+                kept = to_device(kept, device)
                 at, choice = at[kept], choice[kept]
             logits = engine.step(choice, t)
 
@@ -217,7 +217,7 @@ def rollout(engine, chat, rows, cfg, seed=0, group=None, greedy=False, toolbox_f
     T = max(len(e.ids) for e in episodes)
 
     def padded(lists):  # -> int64 [N, T]
-        return torch.tensor([x + [0] * (T - len(x)) for x in lists], device=device)
+        return to_device([x + [0] * (T - len(x)) for x in lists], device)
 
     tokens = padded([e.ids for e in episodes])
     sampled = padded([e.sampled for e in episodes]).bool()
@@ -225,8 +225,8 @@ def rollout(engine, chat, rows, cfg, seed=0, group=None, greedy=False, toolbox_f
     entropy = torch.where(sampled, entropy[:, :T], 0.0)
     if not bool(logp.isfinite().all()):
         raise FloatingPointError("the policy's logits are not finite: its weights have diverged")
-    length = torch.tensor([len(e.ids) for e in episodes], device=device)
-    truncated = torch.tensor([not e.ended for e in episodes], device=device)
+    length = torch.tensor([len(e.ids) for e in episodes])
+    truncated = to_device([not e.ended for e in episodes], device)
     return Rollout(
         rows, prompts, G, tokens, sampled, logp, entropy, length, truncated,
         turns=[e.turns for e in episodes], texts=[e.texts for e in episodes],
@@ -283,8 +283,8 @@ def token_regions(batch, chat):
             regions += [[TAG]] * closed
             region[i, start:end] = torch.tensor([found[0] for found in regions])
             covers[i, start:end] = torch.tensor([[r in found for r in range(6)] for found in regions])
-    region = torch.where(batch.sampled, region.to(batch.sampled.device), -1)
-    return region, covers.to(region.device) & batch.sampled[..., None]
+    region, covers = (x.to(batch.sampled.device, non_blocking=True) for x in (region, covers))
+    return torch.where(batch.sampled, region, -1), covers & batch.sampled[..., None]
 
 # ---- token weights: the heart of ResT ----
 
@@ -343,7 +343,7 @@ def rest_official(batch, cfg, progress):
     trains stopping, and weights only the first call of a block."""
     clock = 0.6 + 0.002 * round(progress * cfg.steps)
     constants = [1.0, 0.0, 1.2, min(1.2, clock), min(1.0, clock), 0.0]  # in the order of REGIONS
-    weight = torch.tensor(constants, device=batch.covers.device) * batch.covers  # (N, T, 6)
+    weight = to_device(constants, batch.covers.device) * batch.covers  # (N, T, 6)
     weight = weight.amax(-1)  # (N, T)
     return normalise_weights(weight, batch.sampled & (weight > 0))
 
@@ -503,7 +503,7 @@ def update(engine, optimizer, batch, advantages, weight, cfg, on_policy=False):
     parameters = [p for p in engine.model.parameters() if p.requires_grad]
     scale = loss_scale(batch.sampled, weight, cfg.aggregation, cfg.max_completion_tokens)  # (N,)
     teaches = advantages.view(-1, batch.group).ne(0).any(1)  # (P,)
-    groups = teaches.nonzero()[:, 0].tolist()
+    groups = [p for p, teaching in enumerate(teaches.tolist()) if teaching]
     micro_batches = engine.micro_batches(batch, groups, cfg.micro_batch_tokens)
     total = Counter()
     skipped = 0
@@ -512,7 +512,7 @@ def update(engine, optimizer, batch, advantages, weight, cfg, on_policy=False):
         sums = torch.zeros(4, device=device)  # loss, clipped tokens, KL, tokens
         for part in micro_batches:
             logp = engine.logps(batch, part, cfg.temperature)  # (n, T), T of the longest
-            rows = torch.tensor(part, device=device)  # (n,)
+            rows = to_device(part, device)  # (n,)
             T = logp.shape[1]
             logp_old = batch.logp[rows, :T]  # (n, T)
             mask = batch.sampled[rows, :T]  # (n, T)
@@ -562,7 +562,7 @@ def train_step(engine, chat, optimizer, rows, cfg, step, toolbox_for=None, clock
     weight = WEIGHTS[cfg.method](batch, cfg, progress)  # (N, T)
     batch.scores = score_batch(batch)
     rewards = [episode_reward(*score[:2], progress, cfg.reward_scaling) for score in batch.scores]
-    rewards = torch.tensor(rewards, device=batch.tokens.device).view(-1, batch.group)  # (P, G)
+    rewards = to_device(rewards, batch.tokens.device).view(-1, batch.group)  # (P, G)
     batch.advantages = group_advantages(rewards, cfg.method != "dr-grpo", cfg.delta).flatten()
     clock("reward")
     lr = learning_rate(cfg, step)
@@ -973,7 +973,7 @@ class Engine:
         keep = [s for s, finished in enumerate(done) if not finished]
         if len(keep) > 0.75 * len(done) or not self._can_drop():
             return None
-        rows = torch.tensor(keep, device=self.device)
+        rows = to_device(keep, self.device)
         self.cache.batch_select_indices(rows)
         self.mask = self.mask[rows]
         return keep
@@ -1011,7 +1011,7 @@ class Engine:
         T = max(batch.length[rows].tolist())
         prompts = [batch.prompts[i // batch.group] for i in rows]
         prompts, mask = left_pad(prompts, self.device)  # (n, Lp)
-        completions = batch.tokens[rows, :T]  # (n, T)
+        completions = batch.tokens[to_device(rows, self.device), :T]  # (n, T)
         ids = torch.cat([prompts, completions], 1)  # (n, Lp+T)
         mask = F.pad(mask, (0, T), value=True)  # (n, Lp+T)
         with autocast(self.model):
@@ -1029,9 +1029,13 @@ def token_logps(logits, targets, temperature):
 def left_pad(prompts, device):
     """P id lists -> ids int64 [P, Lp], mask bool [P, Lp]; the last tokens stand in the last column."""
     width = max(map(len, prompts))
-    count = torch.tensor([len(ids) for ids in prompts], device=device)
-    ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=device)
+    ids = to_device([[0] * (width - len(ids)) + ids for ids in prompts], device)
+    count = to_device([len(ids) for ids in prompts], device)
     return ids, torch.arange(width, device=device) >= width - count[:, None]
+
+def to_device(values, device):
+    """Lists as a tensor there; from pinned memory, so that a GPU's queue is not waited for."""
+    return torch.tensor(values, pin_memory=torch.device(device).type == "cuda").to(device, non_blocking=True)
 
 def autocasts(model):
     """Whether float32 weights compute in bfloat16: on GPUs that have it natively."""

@@ -27,7 +27,7 @@ from toy_tools.chat import INSTRUCTIONS, TemplateChat
 from toy_tools.data import load_rows
 from toy_tools.options import FREE, check, flag, read_options, supervised
 
-# ---------------------------------------------------------------------------------- the stages of a run
+# ------------------------------------------------------------------------------ the stages of a run
 
 @dataclass
 class Learner:
@@ -120,7 +120,8 @@ def embedded_policy(run, cfg, device):
     """(model, tokenizer): the start that comes with the repository where it is the one that is asked for."""
     options = {"noise": run.noise, "mask_names": run.mask_names}
     if run.warm_start_steps < 0 and policy.is_shipped(seed=cfg.seed, **options):
-        print(f"The warm-started policy comes with the repository ({policy.START.relative_to(Path(__file__).parent)}); "
+        folder = policy.START.relative_to(Path(__file__).parent)
+        print(f"The warm-started policy comes with the repository ({folder}); "
               "--warm-start-steps N trains one.")
         return policy.read_start()
     steps = run.warm_start_steps if run.warm_start_steps >= 0 else policy.WARM_START_STEPS
@@ -431,7 +432,8 @@ def episode_of(learner, batch, weight):
 
 
 def show_step(learner, batch, weight):
-    print("\nAn episode of the last step, by region, with token weights:\n" + episode_of(learner, batch, weight))
+    print("\nAn episode of the last step, by region, with token weights:")
+    print(episode_of(learner, batch, weight))
 
 
 def show_time(folder, clock, start, total, began):
@@ -476,7 +478,7 @@ def explain_sample(run, cfg, device):
     print(explain.explain(learner.engine, learner.chat, row, cfg, paint))
 
 
-# ---------------------------------------------------------------------------------- evaluation alone
+# --------------------------------------------------------------------------------- evaluation alone
 
 def evaluate_only(run, cfg, device):
     """Benchmarks (greedy) or held-out rows (sampled), for the run --name, --model, or the embedded policy."""

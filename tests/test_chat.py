@@ -146,7 +146,7 @@ def episode(talk, row, turns, answers):
     return talk.decode(ids)
 
 
-# ---------------------------------------------------------------------------------- the embedded one
+# --------------------------------------------------------------------------------- the embedded one
 
 def test_on_the_embedded_template_it_agrees_with_the_plain_chat(tokenizer):
     """The hardened chat gives the plain one's ids for prompts, histories and replies, knows the same end,
@@ -163,7 +163,7 @@ def test_on_the_embedded_template_it_agrees_with_the_plain_chat(tokenizer):
     assert chat.TemplateChat(opened).prompt(ROW) == rest.Chat(opened).prompt(ROW)
 
 
-# ------------------------------------------------------------------------------------------ families
+# ----------------------------------------------------------------------------------------- families
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_a_family_shows_is_found_and_the_rest_written_otherwise(bring, name):
@@ -173,9 +173,10 @@ def test_what_a_family_shows_is_found_and_the_rest_written_otherwise(bring, name
     talk = chat.TemplateChat(bring(template), "Think first.")
     assert talk.tokenizer.convert_ids_to_tokens(talk.end_id) == end
     assert {talk.end_id, talk.tokenizer.eos_token_id} <= talk.end_ids
-    tool = {"name": "größe", "description": "测量长度", "parameters": {"type": "object", "properties": {}}}
-    row = {"messages": [{"role": "system", "content": "Sei kürzer."}, {"role": "user", "content": "Größe?"}],
-           "tools": [{"type": "function", "function": tool}]}
+    tool = {"name": "größe", "description": "测量长度",
+            "parameters": {"type": "object", "properties": {}}}
+    messages = [{"role": "system", "content": "Sei kürzer."}, {"role": "user", "content": "Größe?"}]
+    row = {"messages": messages, "tools": [{"type": "function", "function": tool}]}
     text = read(talk, talk.prompt(row))
     for words in ("Think first.", "Sei kürzer.", "Größe?", '"größe"', "测量长度"):
         assert text.count(words) == 1
@@ -303,7 +304,7 @@ def test_a_turn_that_the_template_does_not_open_is_opened(bring):
     assert chat.TemplateChat(bring(LLAMA2)).header == ""  # has none
 
 
-# --------------------------------------------------------------------------------------- end of turn
+# -------------------------------------------------------------------------------------- end of turn
 
 def test_a_base_tokenizer_with_a_chat_template_ends_its_turns(bring):
     """eos <|endoftext|>, turns closed by <|im_end|>: the perfect answer ends there, scores 1, and the end
@@ -371,7 +372,7 @@ def test_an_end_token_must_be_in_the_models_vocabulary(bring):
     assert chat.TemplateChat(brought, model=qwen3(len(brought))).end_id == len(brought) - 5
 
 
-# ------------------------------------------------------------------------------------------ thoughts
+# ----------------------------------------------------------------------------------------- thoughts
 
 THINKING = ("{% if enable_thinking is defined and enable_thinking %}<think>\n{% else %}"
             "<think>\n\n</think>\n\n{% endif %}{% endif %}")

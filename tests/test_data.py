@@ -1,4 +1,5 @@
-"""Loaders of training data: both families of layouts, SWiRL decomposition, and malformed rows that are named."""
+"""Loaders of training data: both families of layouts, SWiRL decomposition, and malformed rows that are
+named."""
 
 import copy
 import json
@@ -15,8 +16,10 @@ import rest
 from toy_tools import data, tasks
 from toy_tools.data import load_rows, write_jsonl
 
-FOLDER = Path(os.environ.get("REST_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data") / "rlla"
-real_data = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no ToolRL data in {FOLDER}: set REST_DATA to its parent")
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+FOLDER = Path(os.environ.get("REST_DATA") or SHARED) / "rlla"
+real_data = pytest.mark.skipif(
+    not FOLDER.is_dir(), reason=f"no ToolRL data in {FOLDER}: set REST_DATA to its parent")
 TEXT = CALL.replace("arguments", "parameters")
 RLLA = {"system": "Tools: add", "user": "1+2?", "ground_truth": TEXT}
 
@@ -38,7 +41,8 @@ def test_documented_row_becomes_one_sample_per_turn(tmp_path):
     assert [m["role"] for m in first["messages"]] == ["user"]
     assert [m["role"] for m in second["messages"]] == ["user", "assistant", "tool"]
     assert second["messages"][2]["content"] == "IC 3, 61 francs"
-    history = second["messages"][1]["content"]  # the earlier gold turn in the completion format, worth the full reward
+    # the earlier gold turn in the completion format, worth the full reward
+    history = second["messages"][1]["content"]
     assert rest.score_texts([history], first) == (1.0, 1.0, True) and "I need a train." in history
     for row in (first, second):
         demo = tasks.completion_text(row["gold"][0], row["demo"][0]["think"], row["demo"][0]["response"])
@@ -58,11 +62,15 @@ def test_history_shows_demonstrations_whole(tmp_path):
 
 
 def test_decomposition_sees_exactly_the_history(tmp_path):
-    """Random dialogues of K turns give K samples; sample k's messages are sample k-1's, its gold turn, its results."""
+    """Random dialogues of K turns give K samples; sample k's messages are sample k-1's, its gold turn,
+    its results."""
     rng = random.Random(0)
+
+    def some_calls():
+        return [{"name": "add", "arguments": {"a": rng.randrange(9), "b": i}}
+                for i in range(rng.randint(1, 3))]
     for trial in range(30):
-        turns = [[{"name": "add", "arguments": {"a": rng.randrange(9), "b": i}} for i in range(rng.randint(1, 3))]
-                 for _ in range(rng.randint(1, 5))] + [[]] * rng.randint(0, 1)
+        turns = [some_calls() for _ in range(rng.randint(1, 5))] + [[]] * rng.randint(0, 1)
         seen = [[f"{trial}-{k}-{i}" for i in range(len(turn))] for k, turn in enumerate(turns)][:-1]
         rows = load_rows(write(tmp_path / "a.jsonl", {**ROW, "gold": turns, "observations": seen}))
         assert [row["gold"] for row in rows] == [[turn] for turn in turns]
@@ -79,18 +87,23 @@ def test_all_rlla_layouts_give_the_same_row(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet
     chat = [{"role": "system", "content": RLLA["system"]}, {"role": "user", "content": RLLA["user"]}]
-    table = pyarrow.Table.from_pylist([{"prompt": chat, "reward_model": {"style": "rule", "ground_truth": TEXT}}])
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    record = {"prompt": chat, "reward_model": {"style": "rule", "ground_truth": TEXT}}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), tmp_path / "a.parquet")
     sft = dict(zip(("instruction", "input", "output"), RLLA.values()))
-    for file in (tmp_path / "a.parquet", write(tmp_path / "a.jsonl", RLLA, ""),
-                 write(tmp_path / "a.json", json.dumps([RLLA])), write(tmp_path / "b.json", json.dumps([sft]))):
+    files = (tmp_path / "a.parquet",
+             write(tmp_path / "a.jsonl", RLLA, ""),
+             write(tmp_path / "a.json", json.dumps([RLLA])),
+             write(tmp_path / "b.json", json.dumps([sft])))
+    for file in files:
         assert load_rows(file) == [{"messages": chat, "tools": [], "gold": ROW["gold"], "category": "1 call",
                                     "state": None, "target": TEXT, "blocks": [["think", "tool_call"]]}]
 
 
 def test_response_only_and_mixed_answers(tmp_path):
-    """The format reward asks for the blocks that the gold answer has; tags in thoughts are none, call blocks one."""
-    only, block = "<think>no <tool_call></think>\n<response>no</response>", TEXT[TEXT.index("<tool_call>"):]
+    """The format reward asks for the blocks that the gold answer has; tags in thoughts are none, call
+    blocks one."""
+    only = "<think>no <tool_call></think>\n<response>no</response>"
+    block = TEXT[TEXT.index("<tool_call>"):]
     both = TEXT + "\n<response>wait</response>"
     texts = only, both, TEXT + block
     rows = load_rows(write(tmp_path / "a.jsonl", *({**RLLA, "ground_truth": text} for text in texts)))
@@ -102,14 +115,16 @@ def test_response_only_and_mixed_answers(tmp_path):
 
 def test_written_rows_come_back(tmp_path):
     rows = load_rows(write(tmp_path / "a.jsonl", example())) + load_rows(write(tmp_path / "b.jsonl", RLLA))
-    rows += [{**ROW, "category": "é\u2028", "state": {"a": [1]}}]  # U+2028 ends a line of text, but not a JSON line
+    # U+2028 ends a line of text, but not a JSON line
+    rows += [{**ROW, "category": "é\u2028", "state": {"a": [1]}}]
     before = copy.deepcopy(rows)
     write_jsonl(rows, tmp_path / "c.jsonl")
     assert load_rows(tmp_path / "c.jsonl") == rows == before
 
 
 def test_folder_through_datasets(tmp_path, monkeypatch):
-    """A folder goes through datasets.load_dataset, as a hub id does; nested columns stand there as JSON strings."""
+    """A folder goes through datasets.load_dataset, as a hub id does; nested columns stand there as JSON
+    strings."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     rows = [{**ROW, "demo": [{"think": str(i), "response": None}]} for i in range(3)]
@@ -122,10 +137,13 @@ def test_folder_through_datasets(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("bad, reason", [
     ("{", "not valid JSON"), ('{"a": NaN}', "not valid JSON"), ("[" * 10**5, "not valid JSON"),
-    ({"messages": ROW["messages"]}, "not a JSON object with messages, gold"), ({**ROW, "messages": []}, "last message"),
+    ({"messages": ROW["messages"]}, "not a JSON object with messages, gold"),
+    ({**ROW, "messages": []}, "last message"),
     ({**ROW, "messages": [{"role": "assistant", "content": "x"}]}, "last message"),
-    ({**ROW, "messages": 3}, "must be a list"), ({**ROW, "demo": [{}, {}]}, "2 turns"),
-    ({**ROW, "messages": [{"role": "robot", "content": "x"}]}, "role system, user"), ({**ROW, "gold": []}, "of turns"),
+    ({**ROW, "messages": 3}, "must be a list"),
+    ({**ROW, "demo": [{}, {}]}, "2 turns"),
+    ({**ROW, "messages": [{"role": "robot", "content": "x"}]}, "role system, user"),
+    ({**ROW, "gold": []}, "of turns"),
     ({**ROW, "gold": [[{"name": "add"}]]}, "name and an object of arguments"),
     ({**ROW, "tools": [{}]}, "only the name is needed"),
     ({**ROW, "gold": [[{"name": "sub", "arguments": {}}]]}, "'sub', which is not among the tools (add)"),
@@ -169,23 +187,28 @@ def test_files_are_refused_in_words(tmp_path):
     with pytest.raises(ValueError, match=r"(?s)8 of 9 rows .*line 2: .*line 6: .*and 3 more") as error:
         load_rows(write(tmp_path / "a.jsonl", ROW, *["{"] * 8))
     assert "line 7" not in str(error.value)
-    with pytest.raises(ValueError, match="Columns found: answer, question. Expected one of: messages, gold; prompt, "):
+    expected = "Columns found: answer, question. Expected one of: messages, gold; prompt, "
+    with pytest.raises(ValueError, match=expected):
         load_rows(write(tmp_path / "b.jsonl", {"question": 1, "answer": 2}))
-    for name, kind, reason in (("c.jsonl", ValueError, "no readable row"), ("c.csv", ValueError, "type '.csv'"),
-                               ("c.json", ValueError, "one JSON list"), ("missing", FileNotFoundError, "no such")):
-        file = tmp_path / "missing.json" if name == "missing" else write(tmp_path / name, "")
-        with pytest.raises(kind, match=reason):
-            load_rows(file)
+    empty = {"c.jsonl": "no readable row", "c.csv": "type '.csv'", "c.json": "one JSON list"}
+    for name, reason in empty.items():
+        with pytest.raises(ValueError, match=reason):
+            load_rows(write(tmp_path / name, ""))
+    with pytest.raises(FileNotFoundError, match="no such"):
+        load_rows(tmp_path / "missing.json")
     with pytest.raises(ValueError, match="on_error"):
         load_rows(tmp_path / "a.jsonl", on_error="ignore")
 
 
 @real_data
 @pytest.mark.parametrize("file, calls, responses", [
-    ("test.parquet", [36, 23, 8, 3, 1], 9), ("test80.jsonl", [36, 23, 8, 3, 1], 9),
-    ("rlla_sft.json", [187, 109, 33, 13, 4], 54), ("train399_placeholder_thoughts.jsonl", [186, 109, 33, 13, 4], 54)])
+    ("test.parquet", [36, 23, 8, 3, 1], 9),
+    ("test80.jsonl", [36, 23, 8, 3, 1], 9),
+    ("rlla_sft.json", [187, 109, 33, 13, 4], 54),
+    ("train399_placeholder_thoughts.jsonl", [186, 109, 33, 13, 4], 54)])
 def test_real_rows_and_the_reward_of_their_gold_answers(file, calls, responses):
-    """Every gold answer is exact and has the highest static reward: 4 with calls, 1 (for the format) without."""
+    """Every gold answer is exact and has the highest static reward: 4 with calls, 1 (for the format)
+    without."""
     rows = load_rows(FOLDER / file)
     assert Counter(len(row["gold"][0]) for row in rows) == dict(enumerate([responses, *calls]))
     for row in rows:
@@ -195,7 +218,8 @@ def test_real_rows_and_the_reward_of_their_gold_answers(file, calls, responses):
 
 @real_data
 def test_thoughts_that_mention_tags_are_parsed_right():
-    """17 supervised answers mention tags in the thought; what stands behind </think>, read by other means, agrees."""
+    """17 supervised answers mention tags in the thought; what stands behind </think>, read by other
+    means, agrees."""
     rows = [row for row in load_rows(FOLDER / "rlla_sft.json")
             if re.search("<(tool_call|response)>", row["target"].split("</think>")[0])]
     assert len(rows) == 17

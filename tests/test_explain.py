@@ -27,19 +27,23 @@ def test_the_shares_of_all_tokens_are_the_loss(method, aggregation):
 
 
 def test_the_tables_show_what_was_computed(tokenizer):
-    """One right and one wrong completion: scores, advantages of opposite sign, all tokens of the one that is shown with
-    their region and weight, and the sum of its shares, -A/G for weights of mean 1."""
+    """One right and one wrong completion: scores, advantages of opposite sign, all tokens of the one that
+    is shown with their region and weight, and the sum of its shares, -A/G for weights of mean 1."""
     class Recorded(rest.Engine):  # a script has no forward for the update: its policy is as it was
         def logps(self, batch, rows, temperature):
             return batch.logp
-    engine, chat = Recorded(scripted(tokenizer, [CALL, CALL[:-20]])), rest.Chat(tokenizer)
+    engine = Recorded(scripted(tokenizer, [CALL, CALL[:-20]]))
+    chat = rest.Chat(tokenizer)
     text = explain.explain(engine, chat, ROW, rest.Config(group=2, max_completion_tokens=130))
-    rows = re.findall(r"^ +([12])  +([\d.]+)  +([\d.-]+)  +(yes|no)  +([+-][\d.]+)  +([+-][\d.]+)", text, re.M)
+    line = re.compile(
+        r"^ +([12])  +([\d.]+)  +([\d.-]+)  +(yes|no)  +([+-][\d.]+)  +([+-][\d.]+)", re.M)
+    rows = line.findall(text)
     assert [row[3] for row in rows] == ["yes", "no"] and float(rows[0][5]) == -float(rows[1][5]) > 0
     shown = int(re.search(r"Completion (\d)", text)[1]) - 1
     tokens = re.findall(r"^  ('.*?'|\".*?\") +(tag|scaffold|name|params|thought|text) ", text, re.M)
     ids = tokenizer([CALL, CALL[:-20]][shown], add_special_tokens=False)["input_ids"]
-    assert len(tokens) == len(ids) + 1 and {region for _, region in tokens} >= {"tag", "scaffold", "name", "params"}
+    assert len(tokens) == len(ids) + 1
+    assert {region for _, region in tokens} >= {"tag", "scaffold", "name", "params"}
     total = float(re.search(r"this completion's tokens add up to ([+-][\d.]+)", text)[1])
     assert total == pytest.approx(-float(rows[shown][5]) / 2, abs=1e-3)
     assert torch.tensor(total).abs() > 0.1 and "gold: [[{'name': 'add'" in text

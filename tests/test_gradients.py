@@ -1,5 +1,6 @@
-"""The gradient that rest.update feeds the optimiser, against a float64 implementation written from the equations with loops, one
-completion at a time; and what the loss must not depend on. Where a test pins a pitfall, the broken variant is shown to fail."""
+"""The gradient that rest.update feeds the optimiser, against a float64 implementation written from the
+equations with loops, one completion at a time; and what the loss must not depend on. Where a test pins
+a pitfall, the broken variant is shown to fail."""
 
 import copy
 import math
@@ -23,46 +24,57 @@ AGGREGATIONS = ("sequence", "token", "constant")
 
 def gpt2():
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=64, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-                                      initializer_range=0.3)).eval()
+    return GPT2LMHeadModel(GPT2Config(
+        vocab_size=V, n_positions=64, n_embd=32, n_layer=2, n_head=4,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.3)).eval()
 
 
-MODELS = {"qwen3: GQA, tied": lambda: qwen3(V), "qwen3: untied": lambda: qwen3(V, tie=False, kv=4), "llama: one kv head": lambda: llama(V), "gpt2": gpt2}
+MODELS = {
+    "qwen3: GQA, tied": lambda: qwen3(V),
+    "qwen3: untied": lambda: qwen3(V, tie=False, kv=4),
+    "llama: one kv head": lambda: llama(V),
+    "gpt2": gpt2}
 
 
 class Recorder:
-    """An optimiser that keeps the gradient it is given and changes nothing (or, with rate, takes a plain SGD step)."""
+    """An optimiser that keeps the gradient it is given and changes nothing (or, with rate, takes a
+    plain SGD step)."""
     param_groups = []
 
     def __init__(self, model, rate=0.0):
-        self.model, self.rate, self.grads = model, rate, []
+        self.model = model
+        self.rate = rate
+        self.grads = []
 
     def zero_grad(self, set_to_none=True):
         self.model.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def step(self):
-        parameters = list(self.model.parameters())
-        self.grads.append(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]))
-        for p in parameters:
+        self.grads.append(flat(self.model.parameters()))
+        for p in self.model.parameters():
             p -= 0 if p.grad is None else self.rate * p.grad
 
 
 def make_batch(model, seed=0, temperature=0.7, off_policy=0.3):
-    """(Rollout, advantages) of random tokens: ragged prompts and lengths, a forced stretch inside some rows, behaviour
-    logps off by up to `off_policy`, so that some ratios are clipped; with regions, two to a token. One group has
-    advantage 0."""
+    """(Rollout, advantages) of random tokens: ragged prompts and lengths, a forced stretch inside some
+    rows, behaviour logps off by up to `off_policy`, so that some ratios are clipped; with regions, two
+    to a token. One group has advantage 0."""
     g = torch.Generator().manual_seed(seed)
     prompts = [torch.randint(0, V, (n,), generator=g).tolist() for n in (5, 2, 7)]
     length = torch.randint(3, T + 1, (P * G,), generator=g)
     length[0] = T
     tokens = torch.randint(0, V, (P * G, T), generator=g)
-    inside = torch.arange(T) < length[:, None]
-    sampled = inside & ~((torch.arange(T) >= 2) & (torch.arange(T) < 4) & (torch.arange(P * G) % 3 == 1)[:, None])
+    column = torch.arange(T)
+    inside = column < length[:, None]
+    forced = (column >= 2) & (column < 4) & (torch.arange(P * G) % 3 == 1)[:, None]
+    sampled = inside & ~forced
     tokens = torch.where(inside, tokens, 0)
     with torch.no_grad():
-        logp = torch.stack([reference_logp(model, prompts[i // G], tokens[i], temperature)[0] for i in range(P * G)]).float()
-    logp = torch.where(sampled, logp + off_policy * (2 * torch.rand(logp.shape, generator=g) - 1), 0.0)
+        exact = [reference_logp(model, prompts[i // G], tokens[i], temperature)[0] for i in ROWS]
+    logp = torch.stack(exact).float()
+    off = off_policy * (2 * torch.rand(logp.shape, generator=g) - 1)
+    logp = torch.where(sampled, logp + off, 0.0)
     entropy = torch.where(sampled, 2 * torch.rand(logp.shape, generator=g), 0.0)
     region = torch.where(sampled, torch.randint(0, 6, logp.shape, generator=g), -1)
     extra = torch.randint(0, 6, logp.shape, generator=g)
@@ -75,6 +87,7 @@ def make_batch(model, seed=0, temperature=0.7, off_policy=0.3):
 
 
 def flat(parameters):
+    """Their gradients as one vector."""
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
 
 
@@ -86,7 +99,8 @@ def labelled(region, entropy=None):
 
 
 def reference_logp(model, prompt, tokens, temperature):
-    """logp [T] and probabilities [T, V] of tokens behind a prompt: one unpadded row, whole float64 softmax."""
+    """logp [T] and probabilities [T, V] of tokens behind a prompt: one unpadded row, whole float64
+    softmax."""
     ids = torch.tensor(prompt + tokens.tolist())[None]
     logits = model(input_ids=ids, use_cache=False).logits[0].double() / temperature
     log_p = torch.log_softmax(logits, -1)[len(prompt) - 1:-1]
@@ -109,24 +123,28 @@ def reference_weights(method, batch, step, steps, a=0.5, low=0.2, high=5.0, floo
     elif method == "token-entropy":
         w = {it: 1 / (1 - math.exp(-max(floor, float(batch.entropy[it])))) for it in where}
     elif method == "entropy-up":
-        h = [float(batch.entropy[it]) for it in where]
-        w = {it: max(0.0, 1 + 0.2 * (float(batch.entropy[it]) - statistics.mean(h)) / statistics.stdev(h)) for it in where}
+        h = {it: float(batch.entropy[it]) for it in where}
+        mean = statistics.mean(h.values())
+        deviation = statistics.stdev(h.values())
+        w = {it: max(0.0, 1 + 0.2 * (h[it] - mean) / deviation) for it in where}
     elif method == "rest-official":
         clock = 0.6 + 0.002 * step
-        table = {TAG: 1.0, NAME: 1.2, PARAMS: min(1.2, clock), THOUGHT: min(1.0, clock), SCAFFOLD: 0.0, TEXT: 0.0}
+        table = {TAG: 1.0, NAME: 1.2, PARAMS: min(1.2, clock), THOUGHT: min(1.0, clock),
+                 SCAFFOLD: 0.0, TEXT: 0.0}
         w = {it: max(table[r] for r in range(6) if batch.covers[it][r]) for it in where}
     else:
-        def family(r):
-            return TAG if r == SCAFFOLD else r
-        members = {r: [float(batch.entropy[it]) for it in where if family(int(region[it])) == r] for r in (TAG, NAME, PARAMS, THOUGHT, TEXT)}
-        raw = {r: 1 / (1 - math.exp(-max(floor, sum(h) / len(h)))) for r, h in members.items()}
-        mean = sum(raw[family(int(region[it]))] for it in where) / len(where)
+        family = {it: TAG if region[it] == SCAFFOLD else int(region[it]) for it in where}
+        raw = {}
+        for r in (TAG, NAME, PARAMS, THOUGHT, TEXT):
+            h = [float(batch.entropy[it]) for it in where if family[it] == r]
+            raw[r] = 1 / (1 - math.exp(-max(floor, sum(h) / len(h))))
+        mean = sum(raw[family[it]] for it in where) / len(where)
         nu = 0.0 if method == "rest-static" else step / steps
         raw = {r: x / mean for r, x in raw.items()}
         raw[TAG] = max(low, raw[TAG] - a * nu)
         raw[PARAMS] = min(high, raw[PARAMS] + a * nu)
         raw[THOUGHT] = 0.0 if method == "no-thought" else min(high, raw[THOUGHT] + a * nu)
-        w = {it: raw[family(int(region[it]))] for it in where}
+        w = {it: raw[family[it]] for it in where}
     out = torch.zeros(P * G, T, dtype=torch.float64)
     for i in range(P * G):
         row = [w[i, t] for t in range(T) if (i, t) in w]
@@ -142,16 +160,21 @@ def reference_weights(method, batch, step, steps, a=0.5, low=0.2, high=5.0, floo
 def reference_gradient(model, batch, advantages, weight, cfg):
     """The objective's gradient, float64, flat: one completion, one token at a time."""
     model = copy.deepcopy(model).double()
-    N, loss = P * G, 0.0
+    N = P * G
+    loss = 0.0
     for i in range(N):
         n = int(batch.length[i])
         logp, _ = reference_logp(model, batch.prompts[i // G], batch.tokens[i, :n], cfg.temperature)
-        T_i, own = int(batch.sampled[i].sum()), 0.0
+        T_i = int(batch.sampled[i].sum())
+        A = advantages[i].double()
+        own = 0.0
         for t in range(n):
             if batch.sampled[i, t]:
-                rho, A = torch.exp(logp[t] - batch.logp[i, t].double()), advantages[i].double()
-                own = own + weight[i, t] * torch.min(rho * A, torch.clamp(rho, 1 - cfg.clip, 1 + cfg.clip) * A)
-        loss = loss - own / {"sequence": N * T_i, "constant": N * cfg.max_completion_tokens, "token": weight.sum()}[cfg.aggregation]
+                rho = torch.exp(logp[t] - batch.logp[i, t].double())
+                clipped = torch.clamp(rho, 1 - cfg.clip, 1 + cfg.clip)
+                own = own + weight[i, t] * torch.min(rho * A, clipped * A)
+        divisor = {"sequence": N * T_i, "constant": N * cfg.max_completion_tokens, "token": weight.sum()}
+        loss = loss - own / divisor[cfg.aggregation]
     loss.backward()
     return torch.cat([p.grad.flatten() for p in model.parameters()]), loss.item()
 
@@ -168,27 +191,32 @@ def gradient(model, batch, advantages, weight, cfg, engine=fast.SharedEngine):
 
 
 def config(**kwargs):
-    return rest.Config(**{"prompts": P, "group": G, "max_completion_tokens": 12, "temperature": 0.7, "max_grad_norm": 1e9, "steps": 10, **kwargs})
+    usual = {"prompts": P, "group": G, "max_completion_tokens": 12, "temperature": 0.7,
+             "max_grad_norm": 1e9, "steps": 10}
+    return rest.Config(**usual | kwargs)
 
 
 def close(a, b, tolerance=2e-5):
     return float((a.double() - b.double()).norm() / b.double().norm()) < tolerance
 
 
-# ----------------------------------------------------------------------------------------------------- against the equations
+# ---------------------------------------------------------------------------- against the equations
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("method", rest.WEIGHTS)
 def test_gradient_and_loss_follow_the_equations(method, aggregation):
-    """Every method and aggregation, at progress 0.4: weights, loss and gradient of the real update equal the float64 reference (relative
-    error below 2e-5, float32 rounding), with ragged prompts, forced tokens, clipped ratios and T != 1."""
-    model, cfg = qwen3(V), config(method=method, aggregation=aggregation)
+    """Every method and aggregation, at progress 0.4: weights, loss and gradient of the real update
+    equal the float64 reference (relative error below 2e-5, float32 rounding), with ragged prompts,
+    forced tokens, clipped ratios and T != 1."""
+    model = qwen3(V)
+    cfg = config(method=method, aggregation=aggregation)
     batch, advantages = make_batch(model)
     weight = weigh(batch, cfg, 4)
     expected = reference_weights(method, batch, 4, 10)
     if method == "shuffled":  # ResT's weights, each completion's in another order
         assert torch.allclose(weight.double().sort(1).values, expected.sort(1).values, atol=1e-5)
-        assert not torch.allclose(weight.double(), expected, atol=1e-2) and (weight[~batch.sampled] == 0).all()
+        assert not torch.allclose(weight.double(), expected, atol=1e-2)
+        assert (weight[~batch.sampled] == 0).all()
         expected = weight.double()
     assert torch.allclose(weight.double(), expected, atol=1e-5)
     g, metrics = gradient(model, batch, advantages, weight, cfg)
@@ -197,7 +225,8 @@ def test_gradient_and_loss_follow_the_equations(method, aggregation):
 
 
 def test_weights_average_one_in_every_completion():
-    """Per-completion mean 1 over sampled tokens; over the positively weighted ones for rest-official; 0 outside."""
+    """Per-completion mean 1 over sampled tokens; over the positively weighted ones for rest-official; 0
+    outside."""
     for method in rest.WEIGHTS:
         batch, _ = make_batch(qwen3(V))
         weight = weigh(batch, config(method=method), 7)
@@ -209,9 +238,13 @@ def test_weights_average_one_in_every_completion():
 
 
 def test_the_curriculum_and_its_bounds():
-    """Format falls to w_min = 0.2 at most, parameters and thoughts rise to w_max = 5 at most, name and free text stay; the input is not written to."""
+    """Format falls to w_min = 0.2 at most, parameters and thoughts rise to w_max = 5 at most, name and
+    free text stay; the input is not written to."""
     start = torch.tensor([0.6, 0.9, 1.5, 4.8, 4.6, 0.7])  # tag, scaffold, name, params, thought, text
-    for progress, end in ((0.0, [0.6, 0.9, 1.5, 4.8, 4.6, 0.7]), (0.2, [0.5, 0.8, 1.5, 4.9, 4.7, 0.7]), (1.0, [0.2, 0.4, 1.5, 5.0, 5.0, 0.7])):
+    moved = {0.0: [0.6, 0.9, 1.5, 4.8, 4.6, 0.7],
+             0.2: [0.5, 0.8, 1.5, 4.9, 4.7, 0.7],
+             1.0: [0.2, 0.4, 1.5, 5.0, 5.0, 0.7]}
+    for progress, end in moved.items():
         assert torch.allclose(rest.curriculum(start, progress, config()), torch.tensor(end))
     assert start[0] == 0.6
 
@@ -243,7 +276,8 @@ def test_the_official_clock_stops():
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_equal_weights_are_grpo_bit_for_bit(aggregation):
-    """When all regions have the same entropy and there is no curriculum, rest's weights are exactly 1.0 and its gradient is grpo's, bit for bit."""
+    """When all regions have the same entropy and there is no curriculum, rest's weights are exactly 1.0
+    and its gradient is grpo's, bit for bit."""
     model = qwen3(V)
     batch, advantages = make_batch(model)
     batch.entropy = torch.where(batch.sampled, 0.75, 0.0)  # sums of 0.75 are exact
@@ -255,19 +289,25 @@ def test_equal_weights_are_grpo_bit_for_bit(aggregation):
 
 
 def test_on_policy_the_gradient_is_reinforce():
-    """logp_old = logp: the ratio is exactly 1, the loss is -sum scale w A, its gradient is that of -sum scale w A log p."""
+    """logp_old = logp: the ratio is exactly 1, the loss is -sum scale w A, its gradient is that of -sum
+    scale w A log p."""
     g = torch.Generator().manual_seed(0)
-    logp, mask = torch.randn(6, 5, generator=g).requires_grad_(), torch.rand(6, 5, generator=g) > 0.3
-    A, w, scale = torch.randn(6, generator=g), torch.rand(6, 5, generator=g), torch.rand(6, generator=g)
+    logp = torch.randn(6, 5, generator=g).requires_grad_()
+    mask = torch.rand(6, 5, generator=g) > 0.3
+    A = torch.randn(6, generator=g)
+    w = torch.rand(6, 5, generator=g)
+    scale = torch.rand(6, generator=g)
     loss = rest.policy_loss(logp, logp.detach(), A, w, mask, scale, 0.2)
     loss.backward()
     coefficient = -(scale * A)[:, None] * w * mask
-    assert torch.allclose(logp.grad, coefficient, rtol=1e-6) and loss.item() == pytest.approx(float(coefficient.sum()), rel=1e-5)
+    assert torch.allclose(logp.grad, coefficient, rtol=1e-6)
+    assert loss.item() == pytest.approx(float(coefficient.sum()), rel=1e-5)
 
 
 @pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
 def test_with_the_samplers_logps_the_ratio_is_one(tokenizer, engine):
-    """Pitfall 5. Right after the rollout, at T = 0.7, the ratio is 1 within 1e-5; scored at T = 1 (the broken variant) it is not."""
+    """Pitfall 5. Right after the rollout, at T = 0.7, the ratio is 1 within 1e-5; scored at T = 1 (the
+    broken variant) it is not."""
     run = engine(qwen3())
     rows = [ROW, {**ROW, "tools": []}]
     batch = rest.rollout(run, rest.Chat(tokenizer), rows, config(max_completion_tokens=24), seed=1)
@@ -278,13 +318,17 @@ def test_with_the_samplers_logps_the_ratio_is_one(tokenizer, engine):
 
 
 def test_clipping_zeroes_exactly_the_right_tokens():
-    """Gradient is 0 where A > 0 and ratio > 1 + eps, or A < 0 and ratio < 1 - eps; everywhere else it is -scale w A ratio."""
+    """Gradient is 0 where A > 0 and ratio > 1 + eps, or A < 0 and ratio < 1 - eps; everywhere else it
+    is -scale w A ratio."""
     ratio = torch.tensor([0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 2.0]).repeat(2, 1)
-    A, old = torch.tensor([1.5, -1.5]), torch.full((2, 7), -1.0)
+    A = torch.tensor([1.5, -1.5])
+    old = torch.full((2, 7), -1.0)
     logp = (old + ratio.log()).requires_grad_()
-    rest.policy_loss(logp, old, A, torch.ones(2, 7), torch.ones(2, 7, dtype=torch.bool), torch.ones(2), 0.2).backward()
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    rest.policy_loss(logp, old, A, torch.ones(2, 7), mask, torch.ones(2), 0.2).backward()
     dead = torch.stack([ratio[0] > 1.2, ratio[1] < 0.8])
-    assert torch.equal(logp.grad == 0, dead) and torch.allclose(logp.grad[~dead], (-A[:, None] * ratio)[~dead], rtol=1e-5)
+    alive = (-A[:, None] * ratio)[~dead]
+    assert torch.equal(logp.grad == 0, dead) and torch.allclose(logp.grad[~dead], alive, rtol=1e-5)
 
 
 def test_clip_is_the_configured_one():
@@ -307,26 +351,31 @@ def test_one_advantage_of_zero_does_not_drop_its_group():
 
 
 def test_nothing_but_logp_carries_gradient_and_inputs_stay():
-    """Pitfalls 9 and 10: weights, behaviour logps, advantages and entropies get no gradient; no input is written to."""
+    """Pitfalls 9 and 10: weights, behaviour logps, advantages and entropies get no gradient; no input
+    is written to."""
     g = torch.Generator().manual_seed(1)
     logp, old, w = (torch.randn(3, 4, generator=g).requires_grad_() for _ in range(3))
-    A, entropy, mask = torch.randn(3, generator=g).requires_grad_(), torch.rand(3, 4, generator=g).requires_grad_(), torch.rand(3, 4, generator=g) > 0.2
+    A = torch.randn(3, generator=g).requires_grad_()
+    entropy = torch.rand(3, 4, generator=g).requires_grad_()
+    mask = torch.rand(3, 4, generator=g) > 0.2
     region = torch.where(mask, torch.randint(0, 6, (3, 4), generator=g), -1)
-    before = [x.detach().clone() for x in (logp, old, w, A, entropy, mask, region)]
+    inputs = (logp, old, w, A, entropy, mask, region)
+    before = [x.detach().clone() for x in inputs]
     weight = weigh(labelled(region, entropy), config(), 3)
     assert not weight.requires_grad
     rest.policy_loss(logp, old, A, w, mask, torch.ones(3), 0.2).backward()
     assert logp.grad is not None and all(x.grad is None for x in (old, w, A, entropy))
-    assert all(torch.equal(x.detach(), y) for x, y in zip((logp, old, w, A, entropy, mask, region), before))
+    assert all(torch.equal(x.detach(), y) for x, y in zip(inputs, before))
 
 
 def test_surprising_batches_stay_finite():
-    """Pitfalls 7 and 8: H = 0, empty regions, fully masked rows, a batch without any sampled token; and 12 equal rewards of 0.3 give exactly 0."""
+    """Pitfalls 7 and 8: H = 0, empty regions, fully masked rows, a batch without any sampled token; and
+    12 equal rewards of 0.3 give exactly 0."""
     assert torch.equal(rest.group_advantages(torch.full((1, 12), 0.3)), torch.zeros(1, 12))
     residue = (torch.full((1, 12), 0.3) - torch.full((1, 12), 0.3).mean()) / 1e-8
     assert residue.abs().max() > 0.5  # the broken variant: float residue over a tiny delta
-    region = torch.tensor([[0, 0, 3], [-1, -1, -1]])
-    for region in (region, torch.full((2, 3), -1)):
+    zero = torch.zeros(2, 3)
+    for region in (torch.tensor([[0, 0, 3], [-1, -1, -1]]), torch.full((2, 3), -1)):
         mask = region >= 0
         for method in rest.WEIGHTS:
             if not mask.any() and method in ("top-entropy", "entropy-up"):
@@ -334,16 +383,17 @@ def test_surprising_batches_stay_finite():
             weight = weigh(labelled(region), config(method=method), 2)
             for aggregation in AGGREGATIONS:
                 scale = rest.loss_scale(mask, weight, aggregation, 8)
-                loss = rest.policy_loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2), weight, mask, scale, 0.2)
+                loss = rest.policy_loss(zero, zero, torch.ones(2), weight, mask, scale, 0.2)
                 assert weight.isfinite().all() and loss.isfinite()
 
 
-# ------------------------------------------------------------------------------------------------- which positions are trained
+# ---------------------------------------------------------------------- which positions are trained
 
 @pytest.fixture
 def trained():
-    """(batch, trained(mask)): at which columns d loss / d logits is not 0, row t - 1 of the logits answering for token
-    t, if the loss is given this mask. Every completion ends with id 0, with which padding is filled: pad == eos."""
+    """(batch, trained(mask)): at which columns d loss / d logits is not 0, row t - 1 of the logits
+    answering for token t, if the loss is given this mask. Every completion ends with id 0, with which
+    padding is filled: pad == eos."""
     model = qwen3(V)
     batch, advantages = make_batch(model, off_policy=0.0)
     batch.tokens[torch.arange(P * G), batch.length - 1] = 0
@@ -370,7 +420,8 @@ def trained():
 def test_exactly_the_sampled_positions_are_trained(trained):
     """Pitfalls 1, 2 and 4: nothing at forced and padding positions, something at every sampled one."""
     batch, trained = trained
-    assert torch.equal(trained(batch.sampled), batch.sampled) and batch.sampled.any() and not batch.sampled.all()
+    assert torch.equal(trained(batch.sampled), batch.sampled)
+    assert batch.sampled.any() and not batch.sampled.all()
 
 
 def test_the_end_token_is_trained_though_padding_has_its_id(trained):
@@ -384,7 +435,8 @@ def test_the_end_token_is_trained_though_padding_has_its_id(trained):
 @pytest.mark.parametrize("wrong", [lambda mask: ~mask, torch.ones_like, lambda mask: mask.roll(1, 1)],
                          ids=["inverted", "missing", "shifted"])
 def test_a_wrong_mask_would_be_seen(trained, wrong):
-    """Pitfalls 2 and 4. Broken variants: an inverted or a missing mask trains forced tokens, a shifted one neighbours."""
+    """Pitfalls 2 and 4. Broken variants: an inverted or a missing mask trains forced tokens, a shifted
+    one neighbours."""
     batch, trained = trained
     assert not torch.equal(trained(wrong(batch.sampled)), batch.sampled)
 
@@ -404,7 +456,8 @@ def test_later_tokens_attend_to_forced_ones(engine):
 @pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
 @pytest.mark.parametrize("name", MODELS)
 def test_logps_equal_the_reference(name, engine):
-    """Pitfall 4: position-dependent logits. The logps of both engines equal the unpadded float64 reference; shifted by one they don't."""
+    """Pitfall 4: position-dependent logits. The logps of both engines equal the unpadded float64
+    reference; shifted by one they don't."""
     model = MODELS[name]()
     batch, _ = make_batch(model)
     logp = engine(model).logps(batch, ROWS, 0.7)
@@ -413,10 +466,11 @@ def test_logps_equal_the_reference(name, engine):
         n = int(batch.length[i])
         expected, _ = reference_logp(double, batch.prompts[i // G], batch.tokens[i, :n], 0.7)
         mine = logp[i, :n].double()
-        assert torch.allclose(mine, expected, atol=1e-4) and not torch.allclose(mine[1:], expected[:-1], atol=1e-2)
+        assert torch.allclose(mine, expected, atol=1e-4)
+        assert not torch.allclose(mine[1:], expected[:-1], atol=1e-2)
 
 
-# --------------------------------------------------------------------------------------- what the gradient must not depend on
+# ------------------------------------------------------------- what the gradient must not depend on
 
 def random_lengths(g, prompts=12, group=4):
     length = torch.randint(1, 160, (prompts * group,), generator=g)
@@ -426,8 +480,9 @@ def random_lengths(g, prompts=12, group=4):
 
 @pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
 def test_micro_batches_keep_to_the_budget_with_their_padding(engine):
-    """Random batches: every completion once; no forward above the budget, counted as padded, with a prompt for each group (shared)
-    or for each completion, unless it is a single completion. Shared, a part has equally many of each of its groups, together."""
+    """Random batches: every completion once; no forward above the budget, counted as padded, with a
+    prompt for each group (shared) or for each completion, unless it is a single completion. Shared, a
+    part has equally many of each of its groups, together."""
     g = torch.Generator().manual_seed(0)
     run = engine(qwen3())
     for budget in (50, 300, 2000):
@@ -437,7 +492,8 @@ def test_micro_batches_keep_to_the_budget_with_their_padding(engine):
         assert sorted(row for part in parts for row in part) == [p * 4 + i for p in used for i in range(4)]
         for part in parts:
             groups = list(dict.fromkeys(row // 4 for row in part))
-            prompt, completion = max(len(batch.prompts[p]) for p in groups), max(batch.length[part].tolist())
+            prompt = max(len(batch.prompts[p]) for p in groups)
+            completion = max(batch.length[part].tolist())
             copies = len(groups) if engine is fast.SharedEngine else len(part)
             assert copies * prompt + len(part) * completion <= budget or len(part) == 1
             if engine is fast.SharedEngine:
@@ -447,38 +503,45 @@ def test_micro_batches_keep_to_the_budget_with_their_padding(engine):
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_micro_batches_do_not_change_the_gradient(aggregation):
-    """Pitfall 6. Budgets from one completion a forward to all at once: the same gradient within 1e-5. Dividing by each micro-batch's own sums, as
-    the authors' code does, changes it by more than 1%."""
+    """Pitfall 6. Budgets from one completion a forward to all at once: the same gradient within 1e-5.
+    Dividing by each micro-batch's own sums, as the authors' code does, changes it by more than 1%."""
     model = qwen3(V)
     batch, advantages = make_batch(model)
     weight = weigh(batch, config(), 4)
-    whole, _ = gradient(model, batch, advantages, weight, config(aggregation=aggregation, micro_batch_tokens=10**6))
+
+    def within(budget):
+        cfg = config(aggregation=aggregation, micro_batch_tokens=budget)
+        return gradient(model, batch, advantages, weight, cfg)[0]
+    whole = within(10**6)
     for budget in (1, 20, 30, 60):
-        assert close(gradient(model, batch, advantages, weight, config(aggregation=aggregation, micro_batch_tokens=budget))[0], whole, 1e-5)
+        assert close(within(budget), whole, 1e-5)
     wrong = 0
     for rows in (range(0, 4), range(8, 12)):  # the broken variant: denominators of the micro-batch
         rows = list(rows)
         scale = rest.loss_scale(batch.sampled[rows], weight[rows], "token", 12) / 2
         logp = fast.SharedEngine(model).logps(batch, rows, 0.7)
-        old, mask = batch.logp[rows, :logp.shape[1]], batch.sampled[rows, :logp.shape[1]]
+        old, w, mask = (x[rows, :logp.shape[1]] for x in (batch.logp, weight, batch.sampled))
         model.zero_grad()
-        rest.policy_loss(logp, old, advantages[rows], weight[rows, :logp.shape[1]], mask, scale, 0.2).backward()
-        wrong = wrong + torch.cat([p.grad.flatten() for p in model.parameters()])
+        rest.policy_loss(logp, old, advantages[rows], w, mask, scale, 0.2).backward()
+        wrong = wrong + flat(model.parameters())
     right, _ = gradient(model, batch, advantages, weight, config(aggregation="token"))
     assert not close(wrong, right, 1e-2)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_shared_prefix_checkpointing_and_padding_do_not_change_the_gradient(name):
-    """The shared forward, gradient checkpointing, and columns of padding behind the completions each leave the gradient as it was (relative error 1e-5)."""
+    """The shared forward, gradient checkpointing, and columns of padding behind the completions each
+    leave the gradient as it was (relative error 1e-5)."""
     model = MODELS[name]()
     batch, advantages = make_batch(model)
     weight = weigh(batch, config(), 4)
     plain, _ = gradient(model, batch, advantages, weight, config(), rest.Engine)
     assert close(gradient(model, batch, advantages, weight, config())[0], plain, 1e-5)
     wide = copy.copy(batch)
-    wide.tokens, wide.sampled, wide.logp, wide.entropy = (torch.nn.functional.pad(x, (0, 5)) for x in (batch.tokens, batch.sampled, batch.logp, batch.entropy))
-    assert close(gradient(model, wide, advantages, torch.nn.functional.pad(weight, (0, 5)), config())[0], plain, 1e-5)
+    for name in ("tokens", "sampled", "logp", "entropy"):
+        setattr(wide, name, torch.nn.functional.pad(getattr(batch, name), (0, 5)))
+    wide_weight = torch.nn.functional.pad(weight, (0, 5))
+    assert close(gradient(model, wide, advantages, wide_weight, config())[0], plain, 1e-5)
     model.gradient_checkpointing_enable()
     model.train()
     assert close(gradient(model, batch, advantages, weight, config())[0], plain, 1e-5)
@@ -493,20 +556,24 @@ def test_the_order_of_samples_does_not_change_the_gradient():
     order = torch.tensor([p * G + g for p in groups for g in (3, 1, 0, 2)])
     moved = copy.copy(batch)
     moved.prompts = [batch.prompts[p] for p in groups]
-    for name in ("tokens", "sampled", "logp", "entropy", "length"):
+    for name in ("tokens", "sampled", "logp", "entropy", "length", "region", "covers"):
         setattr(moved, name, getattr(batch, name)[order])
-    moved.region, moved.covers = batch.region[order], batch.covers[order]
     weight = weigh(moved, config(), 4)
     assert close(gradient(model, moved, advantages[order], weight, config())[0], first, 1e-5)
 
 
 def test_chunked_logps_equal_whole_ones():
-    """fast.head_logps in chunks of 3 rows equals one chunk and rest.token_logps of the logits, values and gradients."""
+    """fast.head_logps in chunks of 3 rows equals one chunk and rest.token_logps of the logits, values
+    and gradients."""
     torch.manual_seed(0)
-    head, x, y = torch.nn.Linear(8, 50, bias=False), torch.randn(20, 8), torch.randint(0, 50, (20,))
+    head = torch.nn.Linear(8, 50, bias=False)
+    x = torch.randn(20, 8)
+    y = torch.randint(0, 50, (20,))
+    ways = (lambda h: fast.head_logps(h, y, 0.5, head),
+            lambda h: fast.head_logps(h, y, 0.5, head, chunk_elements=150),
+            lambda h: rest.token_logps(head(h), y, 0.5))
     results = []
-    for logps in (lambda h: fast.head_logps(h, y, 0.5, head), lambda h: fast.head_logps(h, y, 0.5, head, chunk_elements=150),
-                  lambda h: rest.token_logps(head(h), y, 0.5)):
+    for logps in ways:
         leaf = x.clone().requires_grad_()
         logp = logps(leaf)
         (logp * torch.arange(20)).sum().backward()
@@ -518,7 +585,7 @@ def test_chunked_logps_equal_whole_ones():
     assert torch.allclose(results[0][0], log_p.gather(1, y[:, None])[:, 0], atol=1e-5)
 
 
-# --------------------------------------------------------------------------------------------------------- update and metrics
+# ------------------------------------------------------------------------------- update and metrics
 
 class Unigram(torch.nn.Module):
     """A policy with the same logits everywhere, which can be enumerated."""
@@ -533,33 +600,42 @@ class Unigram(torch.nn.Module):
 
 
 def unigram_batch(old, new, counts):
-    """One prompt, one-token completions, each token as often as `old` says: averages over the batch are exact expectations."""
+    """One prompt, one-token completions, each token as often as `old` says: averages over the batch are
+    exact expectations."""
     tokens = torch.tensor([k for k, n in enumerate(counts) for _ in range(n)])[:, None]
     mask = torch.ones_like(tokens, dtype=torch.bool)
     logp = torch.tensor(old).log()[tokens]
-    batch = rest.Rollout([{}], [[0]], len(tokens), tokens, mask, logp, torch.zeros_like(logp), torch.ones(len(tokens), dtype=torch.long),
-                         torch.zeros(len(tokens), dtype=torch.bool), None, None)
+    length = torch.ones(len(tokens), dtype=torch.long)
+    batch = rest.Rollout([{}], [[0]], len(tokens), tokens, mask, logp, torch.zeros_like(logp), length,
+                         length < 0, None, None)
     return Unigram(new), batch
 
 
 def test_logged_kl_and_clip_fraction_are_what_their_names_say():
-    """Pitfall 12. Behaviour (4, 3, 1)/8, policy (4, 1, 3)/8, every token as often as its probability: `kl` is exactly KL(behaviour || policy); with A = +1 on all
-    the clipped share is that of the token whose ratio is 3, with A = -1 that of the token whose ratio is 1/3."""
+    """Pitfall 12. Behaviour (4, 3, 1)/8, policy (4, 1, 3)/8, every token as often as its probability:
+    `kl` is exactly KL(behaviour || policy); with A = +1 on all the clipped share is that of the token
+    whose ratio is 3, with A = -1 that of the token whose ratio is 1/3."""
     old, new = [0.5, 0.375, 0.125], [0.5, 0.125, 0.375]
     model, batch = unigram_batch(old, new, (4, 3, 1))
+    kl = sum(p * math.log(p / q) for p, q in zip(old, new))
+    weight = torch.ones(8, 1)
+    cfg = config(temperature=1.0)
     for sign, clipped in ((1.0, 1 / 8), (-1.0, 3 / 8)):
-        weight, cfg = torch.ones(8, 1), config(temperature=1.0)
         _, metrics = gradient(model, batch, sign * torch.ones(8), weight, cfg, rest.Engine)
-        assert metrics["kl"] == pytest.approx(sum(p * math.log(p / q) for p, q in zip(old, new)), abs=1e-6)
+        assert metrics["kl"] == pytest.approx(kl, abs=1e-6)
         assert metrics["clip_fraction"] == pytest.approx(clipped)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_non_finite_update_is_skipped_and_counted(bad):
     model, batch = unigram_batch([0.5, 0.25, 0.25], [0.5, 0.375, 0.125], (4, 2, 2))
-    before, recorder = model.logits.detach().clone(), Recorder(model, rate=1.0)
-    metrics = rest.update(rest.Engine(model), recorder, batch, torch.linspace(-1, 1, 8) * torch.tensor([bad] + [1.0] * 7), torch.ones(8, 1), config(passes=2))
-    assert metrics["skipped_updates"] == 2 and not recorder.grads and torch.equal(model.logits.detach(), before)
+    before = model.logits.detach().clone()
+    recorder = Recorder(model, rate=1.0)
+    advantages = torch.linspace(-1, 1, 8) * torch.tensor([bad] + [1.0] * 7)
+    engine = rest.Engine(model)
+    metrics = rest.update(engine, recorder, batch, advantages, torch.ones(8, 1), config(passes=2))
+    assert metrics["skipped_updates"] == 2 and not recorder.grads
+    assert torch.equal(model.logits.detach(), before)
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_though_the_loss_is():
@@ -567,23 +643,29 @@ def test_a_gradient_that_is_not_finite_is_skipped_though_the_loss_is():
     model, batch = unigram_batch([0.5, 0.25, 0.25], [0.5, 0.375, 0.125], (4, 2, 2))
     model.logits.register_hook(lambda grad: grad * math.nan)
     recorder = Recorder(model, rate=1.0)
-    metrics = rest.update(rest.Engine(model), recorder, batch, torch.linspace(-1, 1, 8), torch.ones(8, 1), config())
+    advantages = torch.linspace(-1, 1, 8)
+    metrics = rest.update(rest.Engine(model), recorder, batch, advantages, torch.ones(8, 1), config())
     assert metrics["skipped_updates"] == 1 and not recorder.grads
     assert math.isfinite(metrics["loss"])
 
 
 def test_several_passes_keep_weights_and_behaviour_logps():
-    """passes=2 is two updates on the same batch, the second one off policy: its ratio differs from 1, so it is not twice the first gradient."""
+    """passes=2 is two updates on the same batch, the second one off policy: its ratio differs from 1,
+    so it is not twice the first gradient."""
     batch, advantages = make_batch(qwen3(V), off_policy=0.0)
     weight = weigh(batch, config(), 4)
-    two, one = qwen3(V), qwen3(V)
-    recorder, single = Recorder(two, rate=0.05), Recorder(one, rate=0.05)
+    two = qwen3(V)
+    one = qwen3(V)
+    recorder = Recorder(two, rate=0.05)
+    single = Recorder(one, rate=0.05)
     metrics = rest.update(rest.Engine(two), recorder, batch, advantages, weight, config(passes=2))
     for _ in range(2):
         last = rest.update(rest.Engine(one), single, batch, advantages, weight, config())
-    assert torch.equal(recorder.grads[0], single.grads[0]) and torch.equal(recorder.grads[1], single.grads[1])
+    assert all(map(torch.equal, recorder.grads, single.grads))
+    assert len(recorder.grads) == len(single.grads) == 2
     assert not close(recorder.grads[1], recorder.grads[0], 1e-3) and last["kl"] > 0
-    assert metrics["kl"] == pytest.approx(last["kl"] / 2, rel=1e-3, abs=1e-6)  # the mean over passes, the first of which has 0
+    # the mean over passes, the first of which has 0
+    assert metrics["kl"] == pytest.approx(last["kl"] / 2, rel=1e-3, abs=1e-6)
 
 
 def test_gradient_norm_is_clipped():
@@ -599,35 +681,45 @@ def test_gradient_norm_is_clipped():
 def test_a_batch_without_signal_changes_nothing():
     model = qwen3(V)
     batch, _ = make_batch(model)
-    metrics = rest.update(rest.Engine(model), torch.optim.AdamW(model.parameters()), batch, torch.zeros(P * G), torch.ones(P * G, T), config())
+    optimizer = torch.optim.AdamW(model.parameters())
+    advantages = torch.zeros(P * G)
+    weight = torch.ones(P * G, T)
+    metrics = rest.update(rest.Engine(model), optimizer, batch, advantages, weight, config())
     assert metrics["loss"] == metrics["grad_norm"] == metrics["skipped_updates"] == 0
 
 
-# ------------------------------------------------------------------------------------------------------------------------ TRL
+# ---------------------------------------------------------------------------------------------- TRL
 
-@pytest.mark.parametrize("loss_type, aggregation", [("grpo", "sequence"), ("bnpo", "token"), ("dapo", "token"), ("dr_grpo", "constant")])
+@pytest.mark.parametrize("loss_type, aggregation", [
+    ("grpo", "sequence"), ("bnpo", "token"), ("dapo", "token"), ("dr_grpo", "constant")])
 def test_uniform_weights_equal_trl(loss_type, aggregation, tmp_path):
-    """With weight 1 our loss and gradient equal GRPOTrainer's on the same tensors: left-padded prompts, forced tokens as its tool_mask, clipped ratios."""
+    """With weight 1 our loss and gradient equal GRPOTrainer's on the same tensors: left-padded prompts,
+    forced tokens as its tool_mask, clipped ratios."""
     trl = pytest.importorskip("trl")
     import datasets
     from conftest import byte_tokenizer
     model = qwen3(V)
     batch, advantages = make_batch(model)
+    options = trl.GRPOConfig(
+        output_dir=str(tmp_path), loss_type=loss_type, beta=0.0, temperature=0.7, epsilon=0.2,
+        max_completion_length=12, num_generations=G, per_device_train_batch_size=P * G,
+        use_cpu=True, report_to="none", bf16=False, gradient_checkpointing=False)
     trainer = trl.GRPOTrainer(
-        model=model, reward_funcs=lambda completions, **_: [0.0] * len(completions), processing_class=byte_tokenizer(),
-        train_dataset=datasets.Dataset.from_dict({"prompt": ["a"] * 4}),
-        args=trl.GRPOConfig(output_dir=str(tmp_path), loss_type=loss_type, beta=0.0, temperature=0.7, epsilon=0.2, max_completion_length=12, num_generations=G,
-                            per_device_train_batch_size=P * G, use_cpu=True, report_to="none", bf16=False, gradient_checkpointing=False))
+        model=model, reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        processing_class=byte_tokenizer(), args=options,
+        train_dataset=datasets.Dataset.from_dict({"prompt": ["a"] * 4}))
     trainer.current_gradient_accumulation_steps = 1
     ids, mask = rest.left_pad([prompt for prompt in batch.prompts for _ in range(G)], "cpu")
     inside = (torch.arange(T) < batch.length[:, None]).long()
     model.eval()
     model.zero_grad()
     loss = trainer._compute_loss(model, {
-        "prompt_ids": ids, "prompt_mask": mask.long(), "completion_ids": batch.tokens, "completion_mask": inside, "tool_mask": batch.sampled.long(),
-        "advantages": advantages, "old_per_token_logps": batch.logp, "num_items_in_batch": batch.sampled.sum()})
+        "prompt_ids": ids, "prompt_mask": mask.long(),
+        "completion_ids": batch.tokens, "completion_mask": inside, "tool_mask": batch.sampled.long(),
+        "advantages": advantages, "old_per_token_logps": batch.logp,
+        "num_items_in_batch": batch.sampled.sum()})
     loss.backward()
-    theirs = torch.cat([p.grad.flatten() for p in model.parameters()])
+    theirs = flat(model.parameters())
     cfg = config(method="grpo", aggregation=aggregation)
     weight = weigh(batch, cfg, 0)
     ours, metrics = gradient(model, batch, advantages, weight, cfg)

@@ -1,4 +1,5 @@
-"""Who may import whom: rest.py is the ground, and no import runs downwards or hides in a function to dodge a circle."""
+"""Who may import whom: rest.py is the ground, and no import runs downwards or hides in a function to
+dodge a circle."""
 
 import ast
 import sys
@@ -8,14 +9,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUND = ["rest"]
-FIRST = ["fast", "chat", "schema", "show", "explain", "report", "picture", "benchmarks", "options", "runs", "lora"]  # on rest.py alone
+FIRST = ["fast", "chat", "schema", "show", "explain", "report", "picture", "benchmarks", "options", "runs",
+         "lora"]  # on rest.py alone
 SECOND = ["tools", "tasks", "data", "policy"]  # on the first storey and, in this order, on one another
 TOP = ["train_small", "signal", "trl_bridge"]
 OPTIONAL = {"bfcl_eval", "gguf", "accelerate", "peft", "matplotlib", "trl", "datasets", "pyarrow", "mpmath"}
 
 
 def imports(file):
-    """(project modules imported at the top, other top-level packages imported at the top, all imported in functions)."""
+    """(project modules imported at the top, other top-level packages imported at the top, all imported
+    in functions)."""
     tree = ast.parse(file.read_text())
     inside = {id(node) for function in ast.walk(tree) if isinstance(function, ast.FunctionDef)
               for node in ast.walk(function)}

@@ -197,7 +197,7 @@ def test_what_no_engine_runs_rightly_is_refused_by_name(name):
         assert re.match(f"{name}ForCausalLM cannot be used: ", said, re.I) and "\n" not in said
 
 
-# ---------------------------------------------------------------------------- what the choice must see
+# ------------------------------------------------------------------------- what the choice must see
 
 def why_not(name, dtype=torch.float32, **options):
     return fast.why_not_shared(build(name, **{"initializer_range": 0.02, **options}).to(dtype))

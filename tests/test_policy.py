@@ -313,7 +313,7 @@ def test_gradient_checkpointing_makes_nothing_random(tmp_path, kind):
     assert torch.allclose(*gradients, atol=1e-4 * float(gradients[0].abs().max()))
 
 
-# ------------------------------------------------------------------------------------------ adapters
+# ----------------------------------------------------------------------------------------- adapters
 
 def adapted(folder, rank=2, **options):
     """A loaded model with an adapter whose second matrices are no longer zero, so that it does something."""

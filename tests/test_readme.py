@@ -50,7 +50,8 @@ def test_the_metrics_that_are_explained_are_those_that_are_logged(tokenizer):
     """The table in README and the keys of train_step's metrics are the same set."""
     from conftest import ROW, step_of
     table = TEXT[TEXT.index("| metric | meaning |"):TEXT.index("## What newcomers ask")]
-    named = set(re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in table.splitlines() if "|" in line)))
+    cells = [line.split("|")[1] for line in table.splitlines() if "|" in line]
+    named = set(re.findall(r"`(\w+)`", "".join(cells)))
     regions = {f"{letter}_{region}" for letter in "Hw" for region in rest.PAPER_REGIONS}
     cfg = rest.Config(group=2, prompts=1, max_completion_tokens=8)
     logged = set(step_of(qwen3(), tokenizer, [ROW], cfg)[0]) - {"step"}
@@ -82,12 +83,19 @@ def run(code, folder, *arguments):
                           capture_output=True, text=True, timeout=300)
 
 
+def smaller(code, sizes):
+    """The code with each option of {as printed: smaller}."""
+    for printed, small in sizes.items():
+        assert printed in code
+        code = code.replace(printed, small)
+    return code
+
+
 def test_the_live_example_runs(rows):
     """With two steps of two short turns."""
     code, = [block for block in blocks("python") if "class Box" in block]
-    for printed, small in (("steps=100", "steps=2"), ("max_completion_tokens=512", "max_completion_tokens=24")):
-        assert printed in code
-        code = code.replace(printed, small)
+    code = smaller(code, {"steps=100": "steps=2",
+                          "max_completion_tokens=512": "max_completion_tokens=24"})
     qwen3().save_pretrained(rows.parent / "DIR")
     byte_tokenizer().save_pretrained(rows.parent / "DIR")
     done = run(code + "\nprint(metrics['step'], len(batch.texts))", rows.parent)
@@ -98,7 +106,8 @@ def test_the_weighting_example_runs(tmp_path):
     """A method of five lines, called by name: names weigh twice what other tokens do."""
     code, = [block for block in blocks("python") if "rest.WEIGHTS[" in block]
     done = run(code, tmp_path, "--method", "mine", "--steps", "1", "--prompts", "2", "--group", "2",
-               "--eval-rows", "0", "--train-rows", "20", "--warm-start-steps", "2", "--max-completion-tokens", "16")
+               "--eval-rows", "0", "--train-rows", "20", "--warm-start-steps", "2",
+               "--max-completion-tokens", "16")
     assert done.returncode == 0, done.stderr[-2000:]
     config = json.loads((tmp_path / "runs/mine-seed0/config.json").read_text())
     assert config["config"]["method"] == "mine"
@@ -108,10 +117,10 @@ def test_the_example_on_trl_runs(rows):
     """One step of two short completions."""
     pytest.importorskip("trl", reason="pip install trl")
     code, = [block for block in blocks("python") if "ResTTrainer" in block]
-    for printed, small in (("max_steps=100", "max_steps=1, max_completion_length=8, use_cpu=True, bf16=False, report_to='none'"),
-                           ("num_generations=8", "num_generations=2"), ("train_batch_size=8", "train_batch_size=2")):
-        assert printed in code
-        code = code.replace(printed, small)
+    code = smaller(code, {"max_steps=100": "max_steps=1, max_completion_length=8, use_cpu=True, bf16=False, "
+                                           "report_to='none'",
+                          "num_generations=8": "num_generations=2",
+                          "train_batch_size=8": "train_batch_size=2"})
     qwen3().save_pretrained(rows.parent / "DIR")
     byte_tokenizer().save_pretrained(rows.parent / "DIR")
     done = run(code, rows.parent)

@@ -1,4 +1,5 @@
-"""The parts of rest.py from text to reward: configuration, parsing, executor, regions, rule reward, chat templates."""
+"""The parts of rest.py from text to reward: configuration, parsing, executor, regions, rule reward,
+chat templates."""
 
 import copy
 import json
@@ -13,26 +14,35 @@ import rest
 from rest import NAME, PARAMS, SCAFFOLD, TAG, TEXT, THOUGHT, Call, MalformedCall
 
 
-# ------------------------------------------------------------------------------------------------------------------ configuration
+# ------------------------------------------------------------------------------------ configuration
 
 @pytest.mark.parametrize("bad, word", [
-    ({"method": "ppo"}, "method must be one of rest, "), ({"group": 1}, "at least 2"), ({"top_entropy_fraction": 1.5}, "in .0, 1."),
-    ({"temperature": 0.0}, "temperature"), ({"aggregation": "mean"}, "aggregation"), ({"raw_weight": "linear"}, "raw_weight"),
-    ({"reward_scaling": "none"}, "reward_scaling"), ({"steps": -1}, "steps"), ({"clip": 1.5}, "clip"), ({"min_entropy": 0.0}, "min_entropy")])
+    ({"method": "ppo"}, "method must be one of rest, "),
+    ({"group": 1}, "at least 2"),
+    ({"top_entropy_fraction": 1.5}, "in .0, 1."),
+    ({"temperature": 0.0}, "temperature"),
+    ({"aggregation": "mean"}, "aggregation"),
+    ({"raw_weight": "linear"}, "raw_weight"),
+    ({"reward_scaling": "none"}, "reward_scaling"),
+    ({"steps": -1}, "steps"),
+    ({"clip": 1.5}, "clip"),
+    ({"min_entropy": 0.0}, "min_entropy")])
 def test_bad_configuration_is_refused_in_words(bad, word):
     with pytest.raises(ValueError, match=word):
         rest.Config(**bad)
 
 
 def test_dr_grpo_changes_the_aggregation_only_when_none_was_asked_for():
-    assert rest.Config().aggregation == "sequence" and rest.Config(method="dr-grpo").aggregation == "constant"
+    assert rest.Config().aggregation == "sequence"
+    assert rest.Config(method="dr-grpo").aggregation == "constant"
     assert rest.Config(method="dr-grpo", aggregation="token").aggregation == "token"
 
 
-# ------------------------------------------------------------------------------------------------------------------------ parsing
+# ------------------------------------------------------------------------------------------ parsing
 
 def call_text(*calls, key="arguments"):
-    return "<tool_call>\n" + "\n".join(json.dumps({"name": c.name, key: c.arguments}) for c in calls) + "\n</tool_call>"
+    lines = [json.dumps({"name": call.name, key: call.arguments}) for call in calls]
+    return "\n".join(["<tool_call>", *lines, "</tool_call>"])
 
 
 def random_value(rng, depth=3):
@@ -42,35 +52,62 @@ def random_value(rng, depth=3):
         return [random_value(rng, depth - 1) for _ in range(rng.randrange(3))]
     if kind == "dict":
         return {random_string(rng): random_value(rng, depth - 1) for _ in range(rng.randrange(3))}
-    return {"int": rng.randrange(-99, 10**6), "float": rng.random() * 100, "str": random_string(rng), "bool": rng.random() < .5, "null": None}[kind]
+    values = {"int": rng.randrange(-99, 10**6), "float": rng.random() * 100, "str": random_string(rng),
+              "bool": rng.random() < .5, "null": None}
+    return values[kind]
 
 
 def random_string(rng):
-    parts = ["a", "ü", "漢", "\n", '"', "\\", "}", "{", "]", " ", "</tool_call>", "<think>", "</think>", "<response>", "😀", ":", ","]
+    parts = ["a", "ü", "漢", "\n", '"', "\\", "}", "{", "]", " ", "</tool_call>", "<think>", "</think>",
+             "<response>", "😀", ":", ","]
     return "".join(rng.choice(parts) for _ in range(rng.randrange(1, 6)))
 
 
+def random_call(rng):
+    return Call(random_string(rng), {random_string(rng): random_value(rng) for _ in range(rng.randrange(4))})
+
+
 def random_calls(rng, n=3):
-    return [Call(random_string(rng), {random_string(rng): random_value(rng) for _ in range(rng.randrange(4))}) for _ in range(rng.randrange(1, n + 1))]
+    return [random_call(rng) for _ in range(rng.randrange(1, n + 1))]
 
 
 def test_both_forms_round_trip_whatever_the_strings_hold():
-    """300 random calls whose names and values hold quotes, braces, tags, newlines and emoji; both keys; one block or one a call."""
+    """300 random calls whose names and values hold quotes, braces, tags, newlines and emoji; both keys;
+    one block or one a call."""
     rng = random.Random(0)
     for i in range(300):
-        calls, key = random_calls(rng), rng.choice(["arguments", "parameters"])
-        blocks = call_text(*calls, key=key) if i % 2 else "\n".join(call_text(c, key=key) for c in calls)
+        calls = random_calls(rng)
+        key = rng.choice(["arguments", "parameters"])
+        together = call_text(*calls, key=key)
+        apart = "\n".join(call_text(call, key=key) for call in calls)
+        blocks = together if i % 2 else apart
         text = f"<think>so <tool_call> {i}</think>\n{blocks}"
         assert rest.parse_calls(text) == calls
         assert rest.format_score(text, ("think", "tool_call")) == 1.0
 
 
 @pytest.mark.parametrize("line", [
-    '{"name": "f"}', '{"arguments": {}}', '{"name": 1, "arguments": {}}', '{"name": "", "arguments": {}}', '{"name": "f", "arguments": []}',
-    '{"name": "f", "arguments": {}, "parameters": {}}', '{"name": "f", "name": "g", "arguments": {}}', '{"name": "f", "arguments": {"x": NaN}}',
-    '{"name": "f", "arguments": {"x": 1e999}}', '{"name": "f", "arguments": {"x": -Infinity}}', '{"name": "f", "arguments": {"x": 1}',
-    '{"name": "f", "arguments": {"x": 1},}', "f(x=1)", "[1]", '"f"', "{", "}", '{"name": "f" "arguments": {}}', "{'name': 'f', 'arguments': {}}",
-    '{"name": "f", "arguments": {"x": %s}}' % ("[" * 10_000), '{"name": "f", "arguments": {"x": %s}}' % ("[" * 100 + "]" * 100),
+    '{"name": "f"}',
+    '{"arguments": {}}',
+    '{"name": 1, "arguments": {}}',
+    '{"name": "", "arguments": {}}',
+    '{"name": "f", "arguments": []}',
+    '{"name": "f", "arguments": {}, "parameters": {}}',
+    '{"name": "f", "name": "g", "arguments": {}}',
+    '{"name": "f", "arguments": {"x": NaN}}',
+    '{"name": "f", "arguments": {"x": 1e999}}',
+    '{"name": "f", "arguments": {"x": -Infinity}}',
+    '{"name": "f", "arguments": {"x": 1}',
+    '{"name": "f", "arguments": {"x": 1},}',
+    "f(x=1)",
+    "[1]",
+    '"f"',
+    "{",
+    "}",
+    '{"name": "f" "arguments": {}}',
+    "{'name': 'f', 'arguments': {}}",
+    '{"name": "f", "arguments": {"x": %s}}' % ("[" * 10_000),
+    '{"name": "f", "arguments": {"x": %s}}' % ("[" * 100 + "]" * 100),
     '{"name": "f", "arguments": {"x": %s}}' % ("9" * 5000)])
 def test_bad_lines_are_typed_errors_beside_good_calls(line):
     """A broken line costs itself only; nothing raises, and it is quick."""
@@ -84,27 +121,32 @@ def test_thoughts_and_responses_hide_calls():
     inner = call_text(Call("f", {}))
     assert rest.parse_calls(f"<think>{inner}</think><response>{inner}</response>") == []
     assert rest.parse_calls(f"<think>never closed {inner}") == []
-    assert rest.parse_calls(f"<tool_call>\n{json.dumps({'name': 'f', 'arguments': {'x': '</tool_call>'}})}\n</tool_call>") == [
-        Call("f", {"x": "</tool_call>"})]
+    tag_inside = Call("f", {"x": "</tool_call>"})
+    assert rest.parse_calls(call_text(tag_inside)) == [tag_inside]
 
 
 def test_any_text_is_parsed_and_labelled():
-    """Random soups of tags, JSON and noise: no exception, blocks are ordered and disjoint, one label per character."""
+    """Random soups of tags, JSON and noise: no exception, blocks are ordered and disjoint, one label
+    per character."""
     rng = random.Random(1)
-    pieces = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<response>", "</response>", '{"name": "f", "arguments": {"x": 1}}', '{"name": ',
-              '"arguments": {', "}", '"', "\\", "\n", " ", "x", "é", ":", ",", "[", "12", "<", ">"]
+    pieces = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<response>", "</response>",
+              '{"name": "f", "arguments": {"x": 1}}', '{"name": ', '"arguments": {', "}", '"', "\\",
+              "\n", " ", "x", "é", ":", ",", "[", "12", "<", ">"]
     for _ in range(2000):
         text = "".join(rng.choice(pieces) for _ in range(rng.randrange(20)))
-        blocks, labels = rest.split_blocks(text), rest.label_chars(text)
+        blocks = rest.split_blocks(text)
+        labels = rest.label_chars(text)
         assert len(labels) == len(text) and set(labels) <= set(range(6))
-        assert all(a.end <= b.start for a, b in zip(blocks, blocks[1:])) and all(b.start < b.end <= len(text) for b in blocks)
+        assert all(a.end <= b.start for a, b in zip(blocks, blocks[1:]))
+        assert all(block.start < block.end <= len(text) for block in blocks)
         rest.parse_calls(text)
-        cut = sorted(rng.choices(range(len(text) + 1), k=4))
-        regions = rest.tag_regions([text[a:b] for a, b in zip([0, *cut], [*cut, len(text)])])
-        assert len(regions) == 5 and all(found and len(set(found)) == len(found) for found in regions)
+        cuts = [0, *sorted(rng.choices(range(len(text) + 1), k=4)), len(text)]
+        regions = rest.tag_regions([text[a:b] for a, b in zip(cuts, cuts[1:])])
+        assert len(regions) == 5
+        assert all(found and len(set(found)) == len(found) for found in regions)
 
 
-# --------------------------------------------------------------------------------------------------------------- schema, executor
+# --------------------------------------------------------------------------------- schema, executor
 
 def run(name, function, arguments, **kwargs):
     texts, _, _ = rest.execute([Call(name, arguments)], {name: function}, **kwargs)
@@ -126,8 +168,8 @@ def test_executor_turns_everything_into_text():
 
 
 def test_who_is_to_blame_for_a_call_is_counted(caplog):
-    """The model's fault (unknown, unfitting arguments) is refused; a tool's own failure is counted, and a bug is
-    told to the user, once; a ValueError is a sentence for the model."""
+    """The model's fault (unknown, unfitting arguments) is refused; a tool's own failure is counted, and
+    a bug is told to the user, once; a ValueError is a sentence for the model."""
     def missing(a):
         raise KeyError("no such key")
 
@@ -137,13 +179,14 @@ def test_who_is_to_blame_for_a_call_is_counted(caplog):
     async def later(a):
         return a + 1
     functions = {"missing": missing, "unhappy": unhappy, "odd": lambda a: {1, 2}, "later": later}
-    calls = [Call("missing", {"a": 1}), Call("missing", {"a": 2}), Call("unhappy", {"a": 1}), Call("odd", {"a": 1}),
-             Call("later", {"a": 1}), Call("later", {}), Call("none", {})]
+    calls = [Call("missing", {"a": 1}), Call("missing", {"a": 2}), Call("unhappy", {"a": 1}),
+             Call("odd", {"a": 1}), Call("later", {"a": 1}), Call("later", {}), Call("none", {})]
     texts, refused, failed = rest.execute(calls, functions)
     assert texts[2] == "error: no booking of that code" and texts[4] == "2"
     assert (refused, failed) == (2, 4)
     told = [record.message for record in caplog.records]
-    assert len([m for m in told if "missing" in m]) == 1 and len([m for m in told if "odd" in m]) == 1
+    assert len([m for m in told if "missing" in m]) == 1
+    assert len([m for m in told if "odd" in m]) == 1
     assert not any("unhappy" in m for m in told)
 
 
@@ -197,16 +240,19 @@ def test_hostile_calls_through_the_real_tools_cost_milliseconds(tmp_path, monkey
     from toy_tools import tools
     monkeypatch.chdir(tmp_path)
     box = tools.ToolBox()
-    hostile = ["9**9**9", "9^9^9", "__import__('os').system('touch x')", "(" * 10_000 + "1" + ")" * 10_000, "1" * 10**6, "nan", "1/0", "", "1+" * 5000 + "1"]
-    calls = [Call(name, {p: h for p in tool.parameters}) for name, tool in tools.TOOLS.items() for h in hostile]
+    hostile = ["9**9**9", "9^9^9", "__import__('os').system('touch x')",
+               "(" * 10_000 + "1" + ")" * 10_000, "1" * 10**6, "nan", "1/0", "", "1+" * 5000 + "1"]
+    calls = [Call(name, dict.fromkeys(tool.parameters, text))
+             for name, tool in tools.TOOLS.items() for text in hostile]
     start = time.perf_counter()
     results, _, _ = rest.execute(calls, box.functions)
     assert (time.perf_counter() - start) / len(calls) < 0.02
-    assert all(isinstance(r, str) and len(r) < 1100 for r in results) and not list(tmp_path.iterdir())
+    assert all(isinstance(r, str) and len(r) < 1100 for r in results)
+    assert not list(tmp_path.iterdir())
     assert all(r.startswith("error") for c, r in zip(calls, results) if c.name == "calculator")
 
 
-# ------------------------------------------------------------------------------------------------------------------------ regions
+# ------------------------------------------------------------------------------------------ regions
 
 def spans(text):
     """The text cut into runs of one region: [(region, text)]."""
@@ -220,10 +266,22 @@ def spans(text):
 
 
 def test_regions_of_a_full_completion():
-    text = '<think>hm</think>\n<tool_call>\n{"name": "add", "arguments": {"a": [1]}}\n</tool_call><response>ok</response>'
+    text = ('<think>hm</think>\n<tool_call>\n{"name": "add", "arguments": {"a": [1]}}\n</tool_call>'
+            "<response>ok</response>")
     assert spans(text) == [
-        (TAG, "<think>"), (THOUGHT, "hm"), (TAG, "</think>"), (SCAFFOLD, "\n"), (TAG, "<tool_call>"), (SCAFFOLD, '\n{"name": "'), (NAME, "add"),
-        (SCAFFOLD, '", "arguments": '), (PARAMS, '{"a": [1]}'), (SCAFFOLD, "}\n"), (TAG, "</tool_call><response>"), (TEXT, "ok"), (TAG, "</response>")]
+        (TAG, "<think>"),
+        (THOUGHT, "hm"),
+        (TAG, "</think>"),
+        (SCAFFOLD, "\n"),
+        (TAG, "<tool_call>"),
+        (SCAFFOLD, '\n{"name": "'),
+        (NAME, "add"),
+        (SCAFFOLD, '", "arguments": '),
+        (PARAMS, '{"a": [1]}'),
+        (SCAFFOLD, "}\n"),
+        (TAG, "</tool_call><response>"),
+        (TEXT, "ok"),
+        (TAG, "</response>")]
 
 
 def test_regions_do_not_depend_on_the_order_of_keys_and_reach_every_call():
@@ -238,13 +296,16 @@ def test_regions_of_broken_text():
     assert spans('<tool_call>{"name": "fo')[-1] == (NAME, "fo")
     assert spans("stray <tool_call>x</tool_call>")[0] == (TEXT, "stray")
     assert (THOUGHT, "see <tool_call>{}</tool_call>") in spans("<think>see <tool_call>{}</tool_call></think>")
-    assert (PARAMS, '{"a": "</tool_call>"}') in spans('<tool_call>{"name": "f", "arguments": {"a": "</tool_call>"}}</tool_call>')
+    tag_inside = '{"a": "</tool_call>"}'
+    text = '<tool_call>{"name": "f", "arguments": %s}</tool_call>' % tag_inside
+    assert (PARAMS, tag_inside) in spans(text)
 
 
 def test_a_token_takes_the_region_of_its_first_visible_character():
     pieces = ["<tool_call>", '{"name": "', "f", '", "arguments":', " {", '"a": 1', "}}", "\n", "</tool_call>"]
     regions = rest.tag_regions(pieces)
-    assert [own for own, *_ in regions] == [TAG, SCAFFOLD, NAME, SCAFFOLD, PARAMS, PARAMS, PARAMS, SCAFFOLD, TAG]
+    assert [own for own, *_ in regions] == [
+        TAG, SCAFFOLD, NAME, SCAFFOLD, PARAMS, PARAMS, PARAMS, SCAFFOLD, TAG]
     assert regions[6] == [PARAMS, SCAFFOLD]  # `}}` closes the parameters and the call
 
 
@@ -262,42 +323,57 @@ def test_a_name_that_is_no_string_has_no_quotes():
 
 
 def test_retokenising_would_shift_labels_where_sampled_ids_do_not(tokenizer):
-    """Pitfall 3. A policy may sample a non-canonical tokenisation; labels follow the ids it sampled, one each."""
+    """Pitfall 3. A policy may sample a non-canonical tokenisation; labels follow the ids it sampled,
+    one each."""
     from toy_tools.policy import build_tokenizer
     merged = build_tokenizer([CALL] * 50, vocab_size=320)
-    byte_ids = [merged.convert_tokens_to_ids(t) if isinstance(t, str) else t for t in tokenizer.convert_ids_to_tokens(
-        tokenizer(CALL, add_special_tokens=False)["input_ids"])]
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer(CALL, add_special_tokens=False)["input_ids"])
+    byte_ids = merged.convert_tokens_to_ids(tokens)
     canonical = merged(CALL, add_special_tokens=False)["input_ids"]
-    assert merged.decode(byte_ids) == CALL == merged.decode(canonical) and len(byte_ids) > len(canonical)
+    assert merged.decode(byte_ids) == CALL == merged.decode(canonical)
+    assert len(byte_ids) > len(canonical)
     for ids in (byte_ids, canonical):
         pieces = [merged.decode([x]) for x in ids]
         region = [own for own, *_ in rest.tag_regions(pieces)]
         assert len(region) == len(ids)
         assert "".join(p for p, r in zip(pieces, region) if r == NAME) == "add"
-    re_encoded = rest.tag_regions([merged.decode([x]) for x in merged(merged.decode(byte_ids), add_special_tokens=False)["input_ids"]])
-    assert len(re_encoded) != len(byte_ids)  # the broken variant: labels of other tokens, in other places
+    # the broken variant: labels of other tokens, in other places
+    again = merged(merged.decode(byte_ids), add_special_tokens=False)["input_ids"]
+    assert len(rest.tag_regions([merged.decode([x]) for x in again])) != len(byte_ids)
 
 
-# ------------------------------------------------------------------------------------------------------------------------- reward
+# ------------------------------------------------------------------------------------------- reward
 
 def test_same_value():
     assert rest.same_value(1, 1.0) and rest.same_value({"a": [1, None]}, {"a": [1.0, None]})
-    assert not rest.same_value(1, True) and not rest.same_value("1", 1) and not rest.same_value([1], [1, 2]) and not rest.same_value({}, [])
-    assert not rest.same_value({"a": [True]}, {"a": [1]})
+    for a, b in ((1, True), ("1", 1), ([1], [1, 2]), ({}, []), ({"a": [True]}, {"a": [1]})):
+        assert not rest.same_value(a, b), (a, b)
 
 
-A, B = Call("f", {"x": 1, "y": 2}), Call("g", {})
+A = Call("f", {"x": 1, "y": 2})
+B = Call("g", {})
+OTHER = Call("f", {"x": 5})
 
 
 @pytest.mark.parametrize("gold, predicted, score", [
-    ([A], [A], 1), ([A, B], [B, A], 1), ([B], [B], 1),
-    ([A], [], 0), ([A], [B], 0), ([A], [MalformedCall("x")], 0), ([A], [A, MalformedCall("x")], 0),
-    ([A], [Call("f", {"x": 1, "y": 3})], (1 + 1 + 1) / 4),          # names 1, parameter names 1, one of two values, of 1 + (1 + 2)
+    ([A], [A], 1),
+    ([A, B], [B, A], 1),
+    ([B], [B], 1),
+    ([A], [], 0),
+    ([A], [B], 0),
+    ([A], [MalformedCall("x")], 0),
+    ([A], [A, MalformedCall("x")], 0),
+    # names 1, parameter names 1, one of two values, of 1 + (1 + 2)
+    ([A], [Call("f", {"x": 1, "y": 3})], (1 + 1 + 1) / 4),
     ([A], [Call("f", {"x": 1})], (1 + 1 / 2 + 1) / 4),
-    ([A], [A, B], (1 / 2 + 3) / 4),                                 # a surplus call halves the Jaccard of names
-    ([A, A], [A], (1 / 2 + 3) / 7),                                 # one prediction serves one gold call only
-    ([A, Call("f", {"x": 5})], [Call("f", {"x": 5}), A], 1),        # best match, not first match
-    ([Call("f", {"x": 1}), A], [A, Call("f", {"z": 0})], (1 + 1 / 2 + 1 + 0) / 6)])  # greedy in gold's order, and 0 consumes nothing
+    # a surplus call halves the Jaccard of names
+    ([A], [A, B], (1 / 2 + 3) / 4),
+    # one prediction serves one gold call only
+    ([A, A], [A], (1 / 2 + 3) / 7),
+    # best match, not first match
+    ([A, OTHER], [OTHER, A], 1),
+    # greedy in gold's order, and 0 consumes nothing
+    ([Call("f", {"x": 1}), A], [A, Call("f", {"z": 0})], (1 + 1 / 2 + 1 + 0) / 6)])
 def test_correctness_score_by_hand(gold, predicted, score):
     assert rest.correctness_score(gold, predicted) == pytest.approx(score)
 
@@ -314,28 +390,48 @@ def test_correctness_is_one_only_for_the_same_multiset():
         calls = random_calls(rng)
         shuffled = rng.sample(calls, len(calls))
         assert rest.correctness_score(calls, shuffled) == pytest.approx(1.0)
-        fewer = shuffled[1:]
-        assert rest.correctness_score(calls, fewer) < 1 and rest.correctness_score(calls, shuffled + [Call("surplus", {})]) < 1
+        assert rest.correctness_score(calls, shuffled[1:]) < 1
+        assert rest.correctness_score(calls, shuffled + [Call("surplus", {})]) < 1
+
+
+CALLS = ("think", "tool_call")
+ANSWERS = ("think", "response")
+BOTH = ("think", "tool_call", "response")
 
 
 @pytest.mark.parametrize("text, required, score", [
-    (CALL, ("think", "tool_call"), 1), (CALL + "\n", ("think", "tool_call"), 1), (CALL + call_text(B), ("think", "tool_call"), 1),
-    (CALL, ("think", "response"), 0), (CALL + "<response>x</response>", ("think", "tool_call"), 0),
-    (CALL + "<response>x</response>", ("think", "tool_call", "response"), 1), ("<response>x</response>" + CALL, ("think", "tool_call", "response"), 0),
-    (CALL + " stray", ("think", "tool_call"), 0), (CALL.replace("</think>", ""), ("think", "tool_call"), 0), (CALL[:-1], ("think", "tool_call"), 0),
-    ("<think>a</think>" + CALL, ("think", "tool_call"), 0), ("", ("think", "tool_call"), 0), ("<think>a</think><response>b</response>", ("think", "response"), 1),
-    ("<think></think><response>b</response>", ("think", "response"), 0)])
+    (CALL, CALLS, 1),
+    (CALL + "\n", CALLS, 1),
+    (CALL + call_text(B), CALLS, 1),
+    (CALL, ANSWERS, 0),
+    (CALL + "<response>x</response>", CALLS, 0),
+    (CALL + "<response>x</response>", BOTH, 1),
+    ("<response>x</response>" + CALL, BOTH, 0),
+    (CALL + " stray", CALLS, 0),
+    (CALL.replace("</think>", ""), CALLS, 0),
+    (CALL[:-1], CALLS, 0),
+    ("<think>a</think>" + CALL, CALLS, 0),
+    ("", CALLS, 0),
+    ("<think>a</think><response>b</response>", ANSWERS, 1),
+    ("<think></think><response>b</response>", ANSWERS, 0)])
 def test_format_score(text, required, score):
     assert rest.format_score(text, required) == score
 
 
 def test_reward_ranges_and_schedule():
-    """Static: [-3, 4]. Dynamic: format's share shrinks and correctness' grows with progress, within the authors' bounds."""
-    assert [rest.episode_reward(f, c, 0.3, "static") for f, c in ((0, 0), (1, 1), (1, None), (0, 0.5))] == [-3, 4, 1, 0]
-    assert rest.episode_reward(1, 1, 0.0) == 2 + 2 and rest.episode_reward(0, 0, 0.0) == -2 - 2
-    assert rest.episode_reward(1, 1, 1.0) == pytest.approx(1.3 + 2.7) and rest.episode_reward(0, 0, 1.0) == pytest.approx(-1 - 2.7)
-    share = [(rest.episode_reward(1, 0.5, p) - rest.episode_reward(0, 0.5, p)) / (rest.episode_reward(0, 1, p) - rest.episode_reward(0, 0, p))
-             for p in (0, 0.25, 0.5, 0.75, 1)]
+    """Static: [-3, 4]. Dynamic: format's share shrinks and correctness' grows with progress, within the
+    authors' bounds."""
+    reward = rest.episode_reward
+    assert [reward(f, c, 0.3, "static") for f, c in ((0, 0), (1, 1), (1, None), (0, 0.5))] == [-3, 4, 1, 0]
+    assert reward(1, 1, 0.0) == 2 + 2
+    assert reward(0, 0, 0.0) == -2 - 2
+    assert reward(1, 1, 1.0) == pytest.approx(1.3 + 2.7)
+    assert reward(0, 0, 1.0) == pytest.approx(-1 - 2.7)
+    share = []
+    for progress in (0, 0.25, 0.5, 0.75, 1):
+        of_format = reward(1, 0.5, progress) - reward(0, 0.5, progress)
+        of_correctness = reward(0, 1, progress) - reward(0, 0, progress)
+        share.append(of_format / of_correctness)
     assert share == sorted(share, reverse=True) and share[0] > 1.5 * share[-1]
 
 
@@ -346,27 +442,33 @@ def test_episode_scores():
     assert rest.score_texts([CALL + "x"], ROW) == (0.0, 1.0, False)
     none = {**ROW, "gold": [[]]}
     assert rest.score_texts([answer], none) == (1.0, None, True)
-    assert rest.score_texts([CALL], none) == (0.0, None, False)  # a call where none was asked for earns no format point
+    # a call where none was asked for earns no format point
+    assert rest.score_texts([CALL], none) == (0.0, None, False)
     two = {**ROW, "gold": [ROW["gold"][0], []]}
     assert rest.score_texts([CALL, answer], two) == (1.0, 1.0, True)
-    assert rest.score_texts([CALL], two) == (0.5, 1.0, False) and rest.score_texts([CALL, answer, answer], two) == (pytest.approx(2 / 3), 1.0, False)
-    assert rest.score_texts([CALL + "<response>x</response>"], {**ROW, "blocks": [["think", "tool_call", "response"]]})[2] is True
+    assert rest.score_texts([CALL], two) == (0.5, 1.0, False)
+    assert rest.score_texts([CALL, answer, answer], two) == (pytest.approx(2 / 3), 1.0, False)
+    both = {**ROW, "blocks": [list(BOTH)]}
+    assert rest.score_texts([CALL + "<response>x</response>"], both)[2] is True
 
 
-# ----------------------------------------------------------------------------------------------------------------- plain chat
+# --------------------------------------------------------------------------------------- plain chat
 
 def test_a_thought_opened_by_the_template_is_forced_not_prompt(tokenizer):
     opened = copy.deepcopy(tokenizer)
-    opened.chat_template = tokenizer.chat_template.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    opened.chat_template = tokenizer.chat_template.replace(
+        "assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
     chat = rest.Chat(opened)
     prompt, forced = chat.prompt(ROW)
     assert opened.decode(forced) == "<think>\n" and opened.decode(prompt).endswith("assistant\n")
     suffix, forced = chat.reply(ROW, ["3"], opened.eos_token_id)
-    assert opened.decode(suffix) == "\n<|im_start|>tool\n3<|im_end|>\n<|im_start|>assistant\n" and opened.decode(forced) == "<think>\n"
+    assert opened.decode(suffix) == "\n<|im_start|>tool\n3<|im_end|>\n<|im_start|>assistant\n"
+    assert opened.decode(forced) == "<think>\n"
 
 
 def test_only_the_token_that_was_sampled_is_left_out_of_what_follows(tokenizer):
-    chat, end = rest.Chat(tokenizer), tokenizer.eos_token_id
+    chat = rest.Chat(tokenizer)
+    end = tokenizer.eos_token_id
     assert chat.reply(ROW, ["3"], end)[0] == chat.reply(ROW, ["3"], end + 1)[0][1:]
     assert chat.reply(ROW, ["3"], end + 1)[0][0] == end
 

@@ -330,7 +330,8 @@ def test_an_end_token_that_is_forced_ends_no_turn(tokenizer):
         def reply(self, row, results, last):
             return super().reply(row, results, last)[0], [tokenizer.eos_token_id]
     engine = rest.Engine(scripted_turns(tokenizer, [[CALL, "b"]] * 2))
-    out = rest.rollout(engine, Opened(tokenizer), [ROW], config(max_turns=2, max_completion_tokens=200), toolbox_for=adder)
+    cfg = config(max_turns=2, max_completion_tokens=200)
+    out = rest.rollout(engine, Opened(tokenizer), [ROW], cfg, toolbox_for=adder)
     assert out.texts[0][0] == CALL and len(out.texts[0]) == 2
     start, end = out.turns[0][1]
     assert end - start > 1 and not out.sampled[0, start] and bool(out.sampled[0, start + 1:end].all())

@@ -139,7 +139,8 @@ def test_every_file_is_on_the_disk_before_the_checkpoint_takes_its_name(tmp_path
 
 
 def work(base, last, saved):
-    """A run whose state and metrics follow from the step alone; saved steps are told through the pipe `saved`."""
+    """A run whose state and metrics follow from the step alone; saved steps are told through the pipe
+    `saved`."""
     with runs.claim(base, "run", resume=True) as folder:
         if folder.new:
             runs.write_json(folder / "config.json", {})

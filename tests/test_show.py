@@ -169,13 +169,31 @@ def test_runs_of_other_settings_are_refused(tmp_path, method, seed, settings):
     assert str(first) in sentence or str(second) in sentence
 
 
-def test_a_run_that_has_not_finished_is_named(tmp_path):
-    """It once was a traceback; so was a folder that is none of a run, and a damaged file."""
+def test_runs_that_have_not_finished_are_left_out_and_named(tmp_path, capsys):
+    """As in `runs/*` while some still train: the table is that of the others, whatever the settings of
+    those left out. It once was a traceback, then a refusal, which stays where no run has finished."""
+    first = finished(tmp_path / "first", "grpo", 0)
+    second = finished(tmp_path / "second", "rest", 0, steps=7)
+    third = finished(tmp_path / "third", "grpo", 1)
+    table = show.seeds([first, third], tmp_path / "expected.csv")
+    (second / "after.json").unlink()
+    show.main([str(tmp_path / "out.csv"), *map(str, (first, second, third))])
+    assert capsys.readouterr().out == (
+        f"{table}\n\nLeft out, not finished or never evaluated (no after.json): {second}\n")
+    assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "expected.csv").read_bytes()
+    (tmp_path / "out.csv").unlink()
+    (first / "after.json").unlink()
+    sentence = refused(tmp_path, first, second)
+    assert "none of these runs has finished" in sentence and sentence.endswith(f": {first}, {second}")
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path):
+    """A folder that is none of a run, and a damaged file: each once was a traceback. Neither is taken for
+    a run that has not finished."""
     first, second = finished(tmp_path / "first", "rest", 0), finished(tmp_path / "second", "grpo", 0)
     (second / "after.json").write_text('{"all": {"n"')
     assert "second/after.json is damaged" in refused(tmp_path, first, second)
     (second / "after.json").unlink()
-    assert "second has no after.json: it has not finished" in refused(tmp_path, first, second)
     (second / "config.json").unlink()
     assert "second has no config.json" in refused(tmp_path, first, second)
     assert "nowhere has no config.json" in refused(tmp_path, first, tmp_path / "nowhere")

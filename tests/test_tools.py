@@ -1,8 +1,10 @@
-"""The toy tools: the calculator against Python floats on random trees, hostile input, dates and units, state, masked names."""
+"""The toy tools: the calculator against Python floats on random trees, hostile input, dates and units,
+state, masked names."""
 
 import datetime
 import json
 import math
+import operator
 import random
 import time
 
@@ -10,12 +12,15 @@ import pytest
 
 from toy_tools.tools import TOOLS, UNITS, ToolBox, calculate
 
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv,
+             "^": operator.pow}
 PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "neg": 3, "^": 4, "number": 5}
 
 
 def random_tree(rng, depth):
     if depth == 0 or rng.random() < 0.25:
-        return ("number", rng.choice((rng.randrange(10), rng.randrange(200), round(rng.uniform(0, 20), 2))))
+        numbers = (rng.randrange(10), rng.randrange(200), round(rng.uniform(0, 20), 2))
+        return ("number", rng.choice(numbers))
     op = rng.choice("+-*/^+-*/") if rng.random() < 0.85 else "neg"
     return (op, *(random_tree(rng, depth - 1) for _ in range(1 if op == "neg" else 2)))
 
@@ -34,14 +39,15 @@ def value_of(tree):
     try:
         if op == "^" and abs(b) > 64:
             return None
-        value = {"+": lambda: a + b, "-": lambda: a - b, "*": lambda: a * b, "/": lambda: a / b, "^": lambda: a ** b}[op]()
+        value = OPERATORS[op](a, b)
     except (ZeroDivisionError, OverflowError):
         return None
     return None if isinstance(value, complex) or abs(value) > 1e15 else value
 
 
 def text_of(tree, rng):
-    """The tree as text with no more parentheses than it needs (and at times some more), so that precedence and associativity matter."""
+    """The tree as text with no more parentheses than it needs (and at times some more), so that
+    precedence and associativity matter."""
     op, *parts = tree
     if op == "number":
         return f"{parts[0]}"
@@ -51,16 +57,22 @@ def text_of(tree, rng):
         return f"({text})" if PRECEDENCE[part[0]] < lowest or rng.random() < 0.05 else text
     if op == "neg":
         return "-" + child(parts[0], 3)
-    left, right = (5, 3) if op == "^" else (PRECEDENCE[op], PRECEDENCE[op] + 1)  # ^ groups to the right, the others to the left
-    return child(parts[0], left) + rng.choice(("", " ")) + op + rng.choice(("", " ")) + child(parts[1], right)
+    # ^ groups to the right, the others to the left
+    left, right = (5, 3) if op == "^" else (PRECEDENCE[op], PRECEDENCE[op] + 1)
+    spaces = ("", " ")
+    return child(parts[0], left) + rng.choice(spaces) + op + rng.choice(spaces) + child(parts[1], right)
 
 
 def test_calculator_equals_python_floats_on_random_trees():
-    """Same operations in the same order on the same floats: equal to the last bit before the rounding to 4 decimals."""
-    rng, refused, compared = random.Random(0), 0, 0
+    """Same operations in the same order on the same floats: equal to the last bit before the rounding
+    to 4 decimals."""
+    rng = random.Random(0)
+    refused = 0
+    compared = 0
     while compared < 2000:
         tree = random_tree(rng, rng.randrange(1, 5))
-        text, expected = text_of(tree, rng), value_of(tree)
+        text = text_of(tree, rng)
+        expected = value_of(tree)
         if len(text) > 200:
             continue
         if expected is None:
@@ -73,14 +85,18 @@ def test_calculator_equals_python_floats_on_random_trees():
     assert refused > 100  # division by zero, exponents and results out of bounds, complex roots
 
 
-@pytest.mark.parametrize("text, value", [("2^3^2", 512), ("-2^2", -4), ("2^-1", 0.5), ("10-4-3", 3), ("100/10/5", 2), (" ( 1+2 )*3 ", 9), ("--3", 3),
-                                         (".5+.5", 1), ("1/3", 0.3333)])
+@pytest.mark.parametrize("text, value", [
+    ("2^3^2", 512), ("-2^2", -4), ("2^-1", 0.5), ("10-4-3", 3), ("100/10/5", 2), (" ( 1+2 )*3 ", 9),
+    ("--3", 3), (".5+.5", 1), ("1/3", 0.3333)])
 def test_calculator_by_hand(text, value):
     assert calculate(text) == value and type(calculate(text)) is type(value)
 
 
-HOSTILE = ["9**9**9", "9^9^9", "99999999999999^64", "(" * 10_000, "1+" * 150 + "1", "(" * 99 + "1" + ")" * 99, "1" * 10**6, "1" * 200, "__import__('os')",
-           "NaN", "inf", "1e9", "", " ", "()", "(1", "1)", "1 2", "1.2.3", "1/0", "1/(2-2)", "0^-1", "(-8)^0.5", "1+", "*1", "٣+1", "½", "\x00", "-" * 10**6]
+HOSTILE = [
+    "9**9**9", "9^9^9", "99999999999999^64", "(" * 10_000, "1+" * 150 + "1", "(" * 99 + "1" + ")" * 99,
+    "1" * 10**6, "1" * 200, "-" * 10**6, "__import__('os')", "NaN", "inf", "1e9",
+    "", " ", "()", "(1", "1)", "1 2", "1.2.3", "1+", "*1", "٣+1", "½", "\x00",
+    "1/0", "1/(2-2)", "0^-1", "(-8)^0.5"]
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda t: ascii(t[:12]))
@@ -108,31 +124,46 @@ def test_every_tool_refuses_wrong_types_and_values_in_a_sentence():
         for arguments in ({}, {**dict.fromkeys(tool.parameters, "a"), "extra": 1}):
             with pytest.raises(ValueError, match="argument"):
                 call(**arguments)
-    box = ToolBox().functions
-    for name, arguments in {"add_days": {"date": "2025-03-14", "days": 2.5}, "book_table": {"restaurant": "Luna", "people": 0},
-                            "convert_units": {"value": 1, "source": "km", "target": "kg"}, "translate_words": {"words": "a", "language": "Klingon"},
-                            "convert_currency": {"amount": 1, "source": "USD", "target": "ABC"}, "find_contact": {"name": "nobody"},
-                            "cancel_booking": {"code": "B1"}, "get_weekday": {"date": "2025-02-30"}, "add_reminder": {"text": "x", "date": "soon"}}.items():
-        with pytest.raises(ValueError):
-            box[name](**arguments)
-    for name, arguments in (("add_days", {"date": "9999-12-30", "days": 5}), ("add_days", {"date": "2025-03-14", "days": True}),
-                            ("get_weekday", {"date": "20250314"}), ("get_weekday", {"date": "2025-W11-5"})):
-        with pytest.raises(ValueError):
-            box[name](**arguments)
+
+
+@pytest.mark.parametrize("name, arguments", [
+    ("add_days", {"date": "2025-03-14", "days": 2.5}),
+    ("add_days", {"date": "2025-03-14", "days": True}),
+    ("add_days", {"date": "9999-12-30", "days": 5}),
+    ("get_weekday", {"date": "2025-02-30"}),
+    ("get_weekday", {"date": "20250314"}),
+    ("get_weekday", {"date": "2025-W11-5"}),
+    ("add_reminder", {"text": "x", "date": "soon"}),
+    ("book_table", {"restaurant": "Luna", "people": 0}),
+    ("cancel_booking", {"code": "B1"}),
+    ("find_contact", {"name": "nobody"}),
+    ("convert_units", {"value": 1, "source": "km", "target": "kg"}),
+    ("convert_currency", {"amount": 1, "source": "USD", "target": "ABC"}),
+    ("translate_words", {"words": "a", "language": "Klingon"})], ids=str)
+def test_what_a_tool_cannot_do_is_refused(name, arguments):
+    with pytest.raises(ValueError):
+        ToolBox().functions[name](**arguments)
 
 
 def test_dates_against_datetime():
-    rng, box = random.Random(1), ToolBox().functions
+    rng = random.Random(1)
+    box = ToolBox().functions
+    names = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
     for _ in range(300):
-        day, n = datetime.date(1900, 1, 1) + datetime.timedelta(rng.randrange(80_000)), rng.randrange(-5000, 5000)
-        assert box["add_days"](date=str(day), days=n) == str(datetime.date.fromordinal(day.toordinal() + n))
-        assert box["get_weekday"](date=str(day)) == "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()[(day.toordinal() - 1) % 7]
+        day = datetime.date(1900, 1, 1) + datetime.timedelta(rng.randrange(80_000))
+        n = rng.randrange(-5000, 5000)
+        later = datetime.date.fromordinal(day.toordinal() + n)
+        assert box["add_days"](date=str(day), days=n) == str(later)
+        assert box["get_weekday"](date=str(day)) == names[(day.toordinal() - 1) % 7]
 
 
 def test_units_and_currencies():
-    convert, money = ToolBox().functions["convert_units"], ToolBox().functions["convert_currency"]
-    assert convert(value=5, source="mile", target="m") == 8046.72 and convert(value=2.5, source="km", target="cm") == 250_000
-    assert money(amount=100, source="GBP", target="USD") == 127 and money(amount=10, source="USD", target="EUR") == 9.26
+    convert = ToolBox().functions["convert_units"]
+    money = ToolBox().functions["convert_currency"]
+    assert convert(value=5, source="mile", target="m") == 8046.72
+    assert convert(value=2.5, source="km", target="cm") == 250_000
+    assert money(amount=100, source="GBP", target="USD") == 127
+    assert money(amount=10, source="USD", target="EUR") == 9.26
     rng = random.Random(2)
     for _ in range(300):
         a = rng.choice(list(UNITS))
@@ -144,23 +175,28 @@ def test_units_and_currencies():
 
 
 def test_lookups_are_the_same_everywhere():
-    """Pinned values: a hash that depended on the process, the platform or the Python version would change them."""
+    """Pinned values: a hash that depended on the process, the platform or the Python version would
+    change them."""
     box = ToolBox().functions
     assert box["get_weather"](city="Oslo") == {"city": "Oslo", "sky": "windy", "celsius": 24}
-    assert box["local_time"](city="Lima") == "11:42" and box["stock_price"](company="ABCD") == {"company": "ABCD", "price": 402.77}
+    assert box["local_time"](city="Lima") == "11:42"
+    assert box["stock_price"](company="ABCD") == {"company": "ABCD", "price": 402.77}
     assert box["translate_words"](words="Bread", language="Dutch") == "breadje"
 
 
 def test_state_belongs_to_one_episode():
     initial = {"contacts": {"Ana": {"city": "Oslo"}}, "bookings": {"B7": ["Luna", 2]}}
     before = json.dumps(initial)
-    a, b = ToolBox(initial), ToolBox(initial)
+    a = ToolBox(initial)
+    b = ToolBox(initial)
     a.functions["cancel_booking"](code="B7")
     code = a.functions["book_table"](restaurant="Sakura", people=4)["code"]
     a.functions["add_reminder"](text="milk", date="2025-03-14")
     a.functions["send_message"](to="x@mail.com", text="hi")
     a.functions["find_contact"](name="Ana")["city"] = "changed"
-    assert a.state["bookings"] == {code: ["Sakura", 4]} and a.state["reminders"] == [["2025-03-14", "milk"]] and a.state["messages"] == [["x@mail.com", "hi"]]
+    assert a.state["bookings"] == {code: ["Sakura", 4]}
+    assert a.state["reminders"] == [["2025-03-14", "milk"]]
+    assert a.state["messages"] == [["x@mail.com", "hi"]]
     assert json.dumps(initial) == before and json.dumps(b.state) == before
     assert b.functions["book_table"](restaurant="Sakura", people=4)["code"] in b.state["bookings"]
     with pytest.raises(ValueError, match="no booking"):
@@ -169,11 +205,15 @@ def test_state_belongs_to_one_episode():
 
 
 def test_masked_names_reach_the_real_tool_and_errors_speak_in_masked_names():
-    aliases = {"qwert": ["convert_currency", {"aa": "amount", "bb": "source", "cc": "target"}], "zzz": ["book_table", {"x": "restaurant", "y": "people"}]}
+    aliases = {"qwert": ["convert_currency", {"aa": "amount", "bb": "source", "cc": "target"}],
+               "zzz": ["book_table", {"x": "restaurant", "y": "people"}]}
     box = ToolBox({"aliases": aliases})
     assert box.functions["qwert"](aa=100, bb="GBP", cc="USD") == 127
     assert box.functions["zzz"](x="Luna", y=3)["code"] in box.state["bookings"]
-    for arguments, word in (({"aa": "100", "bb": "GBP", "cc": "USD"}, "aa"), ({"aa": 1, "bb": "GBP"}, "cc"), ({"amount": 1, "bb": "GBP", "cc": "USD"}, "aa")):
+    refused = (({"aa": "100", "bb": "GBP", "cc": "USD"}, "aa"),
+               ({"aa": 1, "bb": "GBP"}, "cc"),
+               ({"amount": 1, "bb": "GBP", "cc": "USD"}, "aa"))
+    for arguments, word in refused:
         with pytest.raises(ValueError, match=rf"\b{word}\b"):
             box.functions["qwert"](**arguments)
 
@@ -183,8 +223,10 @@ def test_schemas_are_short_and_complete():
     for name, tool in TOOLS.items():
         schema = tool.schema()
         function = schema["function"]
-        assert schema["type"] == "function" and function["name"] == name and function["parameters"]["type"] == "object"
-        assert function["parameters"]["required"] == list(function["parameters"]["properties"]) and 1 <= len(tool.parameters) <= 3
+        parameters = function["parameters"]
+        assert schema["type"] == "function" and function["name"] == name
+        assert parameters["type"] == "object" and 1 <= len(tool.parameters) <= 3
+        assert parameters["required"] == list(parameters["properties"])
         assert len(function["description"].split()) <= 8
-        function["parameters"]["properties"].clear()
+        parameters["properties"].clear()
         assert tool.schema()["function"]["parameters"]["properties"]  # callers get a copy

@@ -1,6 +1,7 @@
 """toy_tools/trl_bridge.py: on TRL's trainer the loss, its gradient, weights and rewards are rest.py's.
 
-As a script (`accelerate launch tests/test_trl_bridge.py FILE`) it trains one step and writes what came of it."""
+As a script (`accelerate launch tests/test_trl_bridge.py FILE`) it trains one step and writes what came
+of it."""
 
 import importlib
 import json
@@ -26,12 +27,25 @@ from toy_tools.chat import TemplateChat
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # rollout_func, with which completions are prescribed here
 ROOT = Path(__file__).resolve().parent.parent
-P, G, ROOM, T_HOT, LR, SEED, STEPS = 3, 4, 300, 0.7, 0.5, 3, 3
+P = 3
+G = 4
+ROOM = 300
+T_HOT = 0.7
+LR = 0.5
+SEED = 3
+STEPS = 3
 LOSSES = {"grpo": "sequence", "dapo": "token", "bnpo": "token", "dr_grpo": "constant"}
-TEXTS = [CALL, CALL.replace("2}", "3}"), CALL.replace('": ', '":'),  # where `":{"` is one token of two regions
-         CALL.replace("</think>", ""), CALL[:40], "<response>it is 3</response>",
-         CALL + "\n<response>3</response>", "<think>hm</think><response>No tool.</response>"]
-ROWS = [{**ROW, "messages": [{"role": "user", "content": text}]} for text in ("1+2?", "one and two", "add 1, 2")]
+TEXTS = [
+    CALL,
+    CALL.replace("2}", "3}"),
+    CALL.replace('": ', '":'),  # where `":{"` is one token of two regions
+    CALL.replace("</think>", ""),
+    CALL[:40],
+    "<response>it is 3</response>",
+    CALL + "\n<response>3</response>",
+    "<think>hm</think><response>No tool.</response>"]
+ROWS = [{**ROW, "messages": [{"role": "user", "content": text}]}
+        for text in ("1+2?", "one and two", "add 1, 2")]
 VOCAB = 430
 BETWEEN = "\n<|im_start|>tool\n3<|im_end|>\n<|im_start|>assistant\n"
 
@@ -42,8 +56,8 @@ def make_tokenizer():
 
 
 def completion(chat, number, forced):
-    """(ids, mask of what was sampled) of the completion `number`: ragged, some broken off, every third with a tool's
-    answer in it."""
+    """(ids, mask of what was sampled) of the completion `number`: ragged, some broken off, every third
+    with a tool's answer in it."""
     end = [chat.tokenizer.eos_token_id]
     first = chat.encode(TEXTS[number % len(TEXTS)]) + end * (number % 5 != 3)
     if not forced or number % 3:
@@ -65,21 +79,24 @@ def make_trainer(folder, method="rest", chat=None, rows=ROWS, forced=True, model
         first = trainer.accelerator.process_index * len(prompts)
         pairs = [completion(chat, first + i, forced) for i in range(len(prompts))]
         ids, masks = map(list, zip(*pairs))
-        return {"prompt_ids": [chat.tokenizer(text)["input_ids"] for text in prompts], "completion_ids": ids,
-                "logprobs": [[0.0] * len(x) for x in ids], **({"env_mask": masks} if forced else {})}
-    more = {"scale_rewards": "none"} if method == "dr-grpo" else {}
-    keep = {key: options.pop(key) for key in ("reward_funcs", "rollout_func", "peft_config") if key in options}
-    args = trl.GRPOConfig(
-        output_dir=str(folder), **{
-            "per_device_train_batch_size": P * G, "num_generations": G, "max_completion_length": ROOM,
-            "temperature": T_HOT, "beta": 0.0, "loss_type": "grpo", "use_cpu": True, "bf16": False, "report_to": "none",
-            "save_strategy": "no", "gradient_checkpointing": False, "logging_steps": 1, "disable_tqdm": True,
-            "max_steps": 10, "optim": "sgd", "learning_rate": LR, "lr_scheduler_type": "constant",
-            "max_grad_norm": 1e9, "shuffle_dataset": False, "seed": SEED, **more, **options})
+        out = {"prompt_ids": [chat.tokenizer(text)["input_ids"] for text in prompts],
+               "completion_ids": ids, "logprobs": [[0.0] * len(x) for x in ids]}
+        return out | {"env_mask": masks} if forced else out
+    of_trainer = ("reward_funcs", "rollout_func", "peft_config")
+    given = {key: options.pop(key) for key in of_trainer if key in options}
+    usual = {
+        "per_device_train_batch_size": P * G, "num_generations": G, "max_completion_length": ROOM,
+        "temperature": T_HOT, "beta": 0.0, "loss_type": "grpo", "use_cpu": True, "bf16": False,
+        "report_to": "none", "save_strategy": "no", "gradient_checkpointing": False,
+        "logging_steps": 1, "disable_tqdm": True, "max_steps": 10, "optim": "sgd", "learning_rate": LR,
+        "lr_scheduler_type": "constant", "max_grad_norm": 1e9, "shuffle_dataset": False, "seed": SEED}
+    if method == "dr-grpo":
+        usual["scale_rewards"] = "none"
     return trl_bridge.ResTTrainer(
-        model or make_model(), chat, method, args=args,
+        model or make_model(), chat, method,
+        args=trl.GRPOConfig(output_dir=str(folder), **usual | options),
         train_dataset=trl_bridge.to_dataset(rows, chat),
-        **{"reward_funcs": numbered, "rollout_func": roll, **keep})
+        **{"reward_funcs": numbered, "rollout_func": roll} | given)
 
 
 def samples(trainer):
@@ -93,8 +110,8 @@ def make_model():
 
 @lru_cache
 def rolled_out():
-    """The Rollout of the same completions, with regions: entropies and log-probabilities by a forward of each sequence
-    alone, turns by the place of the tool's answer."""
+    """The Rollout of the same completions, with regions: entropies and log-probabilities by a forward
+    of each sequence alone, turns by the place of the tool's answer."""
     model, chat = make_model(), TemplateChat(make_tokenizer())
     prompts = [chat.prompt(row)[0] for row in ROWS]
     pairs = [completion(chat, i, True) for i in range(P * G)]
@@ -151,7 +168,8 @@ def theirs(trainer, out):
 
 def ours(model, batch, weight, aggregation):
     """(loss, gradient) of rest.update."""
-    cfg = rest.Config(aggregation=aggregation, temperature=T_HOT, max_completion_tokens=ROOM, max_grad_norm=1e9)
+    cfg = rest.Config(aggregation=aggregation, temperature=T_HOT, max_completion_tokens=ROOM,
+                      max_grad_norm=1e9)
     optimizer = Recorder(model.parameters(), lr=0.0)
     metrics = rest.update(rest.Engine(model), optimizer, batch, batch.advantages, weight, cfg)
     return metrics["loss"], optimizer.grads
@@ -183,8 +201,8 @@ def test_weight_one_is_trl_itself(at_step_4, loss_type):
 
 @pytest.mark.parametrize("method", rest.WEIGHTS)
 def test_every_method_is_rests(at_step_4, method):
-    """Weights, loss and gradient equal rest.update's on the same tensors, for the four loss types, with ragged
-    completions, tool answers between turns, clipped ratios, T != 1 and the curriculum at 0.4."""
+    """Weights, loss and gradient equal rest.update's on the same tensors, for the four loss types, with
+    ragged completions, tool answers between turns, clipped ratios, T != 1 and the curriculum at 0.4."""
     trainer = at_step_4
     trainer.cfg = rest.Config(method=method)
     batch, weight = rolled_out(), weights(method, 4)
@@ -194,7 +212,9 @@ def test_every_method_is_rests(at_step_4, method):
     for loss_type, aggregation in LOSSES.items():
         trainer.loss_type = loss_type
         out = trainer._generate_and_score_completions(samples(trainer))
-        share = weight * batch.sampled.sum() / weight.sum() if aggregation == "token" else weight  # TRL counts tokens
+        share = weight
+        if aggregation == "token":  # TRL counts tokens
+            share = weight * batch.sampled.sum() / weight.sum()
         assert torch.allclose(out["advantages"], batch.advantages[:, None] * share, atol=2e-4)
         out["old_per_token_logps"] = earlier.logp
         (loss, gradient), (same, reference) = theirs(trainer, out), expected[aggregation]
@@ -223,11 +243,11 @@ def test_an_evaluation_before_training_is_at_progress_0(at_step_4):
     assert torch.allclose(out["advantages"], rolled_out().advantages[:, None] * weights("rest", 0), atol=2e-4)
 
 
-# ---------------------------------------------------------------------------------------------- data and reward
+# ---------------------------------------------------------------------------------- data and reward
 
 def test_rows_keep_their_shape(tmp_path):
-    """JSONL rows whose arguments differ in kind come back from the data set as they were; prompts hold the tools as
-    the chat template writes them, and TRL's own call of the tokenizer gives their ids."""
+    """JSONL rows whose arguments differ in kind come back from the data set as they were; prompts hold
+    the tools as the chat template writes them, and TRL's own call of the tokenizer gives their ids."""
     other = {**ROW, "gold": [[{"name": "add", "arguments": {"a": -1, "b": 7}}] * 2], "category": "two"}
     quiet = {"messages": ROW["messages"], "gold": [[]]}
     rows = data.load_rows(write_rows(tmp_path / "rows.jsonl", [ROW, other, quiet]))
@@ -243,12 +263,12 @@ def score(chat, scaling, row, texts, step=0, ended=True):
     """(rewards, what is logged) of completions of one row by trl_bridge.reward."""
     record = trl_bridge.to_dataset([row], chat)[0]
     ids = [chat.encode(text) + [chat.tokenizer.eos_token_id] * ended for text in texts]
-    logged = []
+    logged = {}
     rewards = trl_bridge.reward(chat, scaling)(
         prompts=[record["prompt"]] * len(ids), completions=texts, completion_ids=ids,
         opening=[record["opening"]] * len(ids), row=[record["row"]] * len(ids),
-        trainer_state=SimpleNamespace(global_step=step, max_steps=10), log_metric=lambda *pair: logged.append(pair))
-    return rewards, dict(logged)
+        trainer_state=SimpleNamespace(global_step=step, max_steps=10), log_metric=logged.__setitem__)
+    return rewards, logged
 
 
 @pytest.mark.parametrize("scaling", ["dynamic", "static"])
@@ -263,7 +283,8 @@ def test_the_reward_is_rests(scaling, ended):
 
 
 def test_a_thought_that_the_template_opens_belongs_to_the_completion(tmp_path, monkeypatch):
-    """The prompt ends with <think>: what follows is thought, in the reward and in the regions, in every turn."""
+    """The prompt ends with <think>: what follows is thought, in the reward and in the regions, in every
+    turn."""
     chat = TemplateChat(opened_template(make_tokenizer()))
     texts = [text.removeprefix("<think>") for text in TEXTS]
     whole = [rest.score_texts([text], ROW) for text in TEXTS[:4]]
@@ -309,7 +330,8 @@ def test_the_tokenizers_own_first_token_does_not_stand_twice():
 
 @pytest.mark.parametrize("known", [True, False])
 def test_trl_stops_where_the_chat_says_a_turn_ends(tmp_path, known):
-    """Another id that ends turns, known to the model's generation_config or to the chat alone, ends completions."""
+    """Another id that ends turns, known to the model's generation_config or to the chat alone, ends
+    completions."""
     model, tokenizer = make_model(), make_tokenizer()
     other = tokenizer.convert_tokens_to_ids("<|im_start|>")
     model.generation_config.eos_token_id = [other] if known else None
@@ -320,7 +342,7 @@ def test_trl_stops_where_the_chat_says_a_turn_ends(tmp_path, known):
     assert set(trainer.generation_config.eos_token_id) == chat.end_ids
 
 
-# ------------------------------------------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------------------------- what is refused
 
 def test_what_cannot_be_right_is_refused_in_a_sentence(tmp_path):
     """Live dialogues, prompts that TRL would tokenise otherwise, unknown methods, Dr. GRPO by half."""
@@ -348,7 +370,8 @@ def test_another_version_of_trl_is_named(tmp_path, monkeypatch, caplog):
 
 @pytest.mark.parametrize("hook", ["_compute_loss", "_get_per_token_logps_and_entropies", "trl"])
 def test_a_missing_hook_or_package_is_one_sentence(monkeypatch, hook):
-    """A loss that knows advantages of shape (B,) alone, log-probabilities without entropies, no TRL at all."""
+    """A loss that knows advantages of shape (B,) alone, log-probabilities without entropies, no TRL at
+    all."""
     def old(self, model, inputs):
         return inputs["advantages"].unsqueeze(1)
     if hook == "trl":
@@ -365,17 +388,19 @@ def load_again():
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
-# ----------------------------------------------------------------------------------------------------- real training
+# ------------------------------------------------------------------------------------ real training
 
 def one_step(folder, loss_type, method, world=1):
     """What one step of TRL's own loop makes of the global batch, in STEPS micro-batches: how far the weights
     moved, over the learning rate, and the metrics."""
-    trainer = make_trainer(folder, method, loss_type=loss_type, max_steps=1,
-                           per_device_train_batch_size=P * G // world // STEPS, gradient_accumulation_steps=STEPS)
+    trainer = make_trainer(
+        folder, method, loss_type=loss_type, max_steps=1,
+        per_device_train_batch_size=P * G // world // STEPS, gradient_accumulation_steps=STEPS)
     start = flat(trainer.model.parameters())
     trainer.train()
     moved = (start - flat(trainer.model.parameters())) / LR
-    return moved, {k: v for k, v in trainer.state.log_history[0].items() if k[:2] in ("H_", "w_") or k == "reward"}
+    logged = trainer.state.log_history[0].items()
+    return moved, {name: value for name, value in logged if name[:2] in ("H_", "w_") or name == "reward"}
 
 
 CASES = [("grpo", "rest"), ("dapo", "rest-official"), ("dr_grpo", "shuffled")]
@@ -388,8 +413,8 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize("number", range(len(CASES)))
 def test_a_step_of_trls_loop_is_a_step_of_ours(alone, number):
-    """Through its shuffling, its micro-batches and its accumulation, plain gradient descent moves the weights as
-    rest.update does."""
+    """Through its shuffling, its micro-batches and its accumulation, plain gradient descent moves the
+    weights as rest.update does."""
     loss_type, method = CASES[number]
     _, gradient = ours(make_model(), rolled_out(), weights(method, 0), LOSSES[loss_type])
     assert close(alone[number][0], gradient, 1e-3)
@@ -398,15 +423,17 @@ def test_a_step_of_trls_loop_is_a_step_of_ours(alone, number):
 def launch(*arguments, **options):
     """A script in two processes on the CPU."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    # --cpu would start one; the script itself asks for the CPU
     words = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-             "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-             *map(str, arguments)]  # --cpu would start one; the script itself asks for the CPU
+             "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+             "--main_process_port", "0", *map(str, arguments)]
     return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300, **options)
 
 
 def test_two_processes_give_what_one_gives(alone, tmp_path):
-    """`accelerate launch` with two processes on the CPU: on the same global batch, whose halves have other lengths,
-    the same step and the same metrics. Region entropies of each process alone would give others."""
+    """`accelerate launch` with two processes on the CPU: on the same global batch, whose halves have
+    other lengths, the same step and the same metrics. Region entropies of each process alone would give
+    others."""
     done = launch(Path(__file__), tmp_path / "out.pt")
     assert done.returncode == 0, done.stderr[-3000:]
     for (moved, metrics), (expected, reference) in zip(torch.load(tmp_path / "out.pt"), alone, strict=True):
@@ -415,8 +442,8 @@ def test_two_processes_give_what_one_gives(alone, tmp_path):
 
 
 def test_lora_moves_the_adapter_only(tmp_path):
-    """Two real steps of the embedded policy, without its warm start, with a LoRA adapter, generation included: its
-    own weights stay as they were, bit for bit, the adapter's do not."""
+    """Two real steps of the embedded policy, without its warm start, with a LoRA adapter, generation
+    included: its own weights stay as they were, bit for bit, the adapter's do not."""
     peft = pytest.importorskip("peft", reason="pip install peft")
     rows = [step for row in tasks.make_rows(8) for step in tasks.decompose(row)]
     tokenizer = policy.build_tokenizer([json.dumps(row) for row in rows], 512)
@@ -447,11 +474,13 @@ def test_the_script_of_the_results_runs_as_printed(tmp_path):
     write_rows(tmp_path / "rows.jsonl", [ROW])
     make_model().save_pretrained(tmp_path / "DIR")
     make_tokenizer().save_pretrained(tmp_path / "DIR")
-    words = ("--model_name_or_path DIR --output_dir runs/trl --max_steps 1 --loss_type grpo --num_generations 2 "
-             "--use_cpu --per_device_train_batch_size 2 --max_completion_length 5 --learning_rate 1e-6 --bf16 False "
-             "--report_to none --save_strategy no --use_peft --lora_r 2 --lora_target_modules all-linear")
-    done = subprocess.run([sys.executable, "mine.py", *words.split()], cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=300)
+    words = ("--model_name_or_path DIR --output_dir runs/trl --max_steps 1 --loss_type grpo "
+             "--num_generations 2 --use_cpu --per_device_train_batch_size 2 --max_completion_length 5 "
+             "--learning_rate 1e-6 --bf16 False --report_to none --save_strategy no --use_peft --lora_r 2 "
+             "--lora_target_modules all-linear")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "mine.py", *words.split()], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert float(done.stdout.split()[-1]) < 0  # no completion of five random tokens is right
 
@@ -464,4 +493,5 @@ if __name__ == "__main__":
         torch.save(results, sys.argv[1])
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-    os._exit(0)  # without the interpreter's end, at which gloo's threads now and then abort a process that is done
+    # without the interpreter's end, at which gloo's threads now and then abort a process that is done
+    os._exit(0)

@@ -100,7 +100,8 @@ def load_rows(source, split="train", on_error="raise", live=False):
         raise ValueError(f"{source}: live episodes need tools that run, and so the columns "
                          f"{', '.join(OWN)}, not {', '.join(layout)}")
     known = KNOWN if layout == OWN else layout
-    rows, problems = [], []
+    rows = []
+    problems = []
     for number, record in records:
         try:
             if isinstance(record, ValueError):
@@ -161,10 +162,12 @@ def _read(source, split):
     if path.suffix == ".jsonl":
         return "line", _lines(path.read_bytes()), False
     if path.suffix == ".json":
+        records = None
+        reason = ""
         try:
-            records, reason = _json(path.read_bytes()), ""
+            records = _json(path.read_bytes())
         except ValueError as error:
-            records, reason = None, f" (not valid JSON: {error})"
+            reason = f" (not valid JSON: {error})"
         if not isinstance(records, list):
             raise ValueError(f"{source} must hold one JSON list of rows; for one object a line name it "
                              f".jsonl{reason}")
@@ -200,7 +203,8 @@ def _load_dataset(source, split):
 def _lines(data):
     """[(line, value or ValueError)] of JSON lines; a row over several lines is named by its first."""
     lines = data.split(b"\n")  # bytes, since lines of text also end at U+2028
-    rows, start = [], 0
+    rows = []
+    start = 0
     while start < len(lines):
         size = 1
         if lines[start].strip():
@@ -321,7 +325,8 @@ def _own_layout(record, arrow, live):
     turns = _gold(record["gold"], schemas, "gold" in structs)
     demo = _demo(record.get("demo"), turns)
     blocks = _blocks(record.get("blocks"), turns)
-    category, target = record.get("category"), record.get("target")
+    category = record.get("category")
+    target = record.get("target")
     for key, text in (("category", category), ("target", target)):
         if not isinstance(text, (str, type(None))):
             raise ValueError(f"{key} must be a text")
@@ -377,7 +382,8 @@ def _demo(demo, turns):
     shown = []
     for k, (said, turn) in enumerate(zip(demo, turns), 1):
         _only(f"demo turn {k}", said, ("think", "response"))
-        think, response = said.get("think") or "", said.get("response") or ""
+        think = said.get("think") or ""
+        response = said.get("response") or ""
         if not isinstance(think, str) or not isinstance(response, str):
             raise ValueError(f"demo turn {k}: think and response must be texts")
         shown.append({"think": think, "response": response or (None if turn else "")})
@@ -418,16 +424,20 @@ def _tools(tools, struct):
     """Tools with all that templates read: type, and the function's name, description, parameters."""
     if not isinstance(tools, list):
         raise ValueError("tools must be a list")
-    out, names = [], set()
+    out = []
+    names = set()
     for n, tool in enumerate(tools, 1):
         if not isinstance(tool, dict):
             raise ValueError(f"tool {n} must be an object")
         tool = _without_null(tool) if struct else tool
-        kind, function = tool.get("type"), tool.get("function")
+        kind = tool.get("type")
+        function = tool.get("function")
         around = {key: item for key, item in tool.items() if key not in ("type", "function")}
         if not isinstance(function, dict):  # the function object alone
-            function, around = around, {}
-        name, parameters = function.get("name"), function.get("parameters")
+            function = around
+            around = {}
+        name = function.get("name")
+        parameters = function.get("parameters")
         if kind not in (None, "function") or not isinstance(name, str) or not name:
             raise ValueError(f"tool {n} must be {{type: function, function: {{name, description, "
                              "parameters}}, of which only the name is needed")
@@ -551,7 +561,10 @@ def _messages(messages, schemas, struct):
     """OpenAI's chat messages -> {role, content} with texts alone, as chat templates take them."""
     if not isinstance(messages, list) or not messages:
         raise ValueError("messages must be a list, and the last message from the user or a tool")
-    out, calls, answers, complete = [], [], [], False
+    out = []
+    calls = []        # of the last assistant turn
+    answers = []      # to them, as far as read
+    complete = False  # whether each call needs one
     for n, message in enumerate(messages, 1):
         role = ROLES.get(message.get("role")) if isinstance(message, dict) else None
         if role is None:
@@ -563,7 +576,9 @@ def _messages(messages, schemas, struct):
             answers.append((what, message.get("tool_call_id"), message.get("name"), text))
             continue
         out += _in_order(answers, calls, complete)
-        calls, answers, complete = [], [], False
+        calls = []
+        answers = []
+        complete = False
         if role == "assistant":
             text, calls, complete = _assistant(message, what, schemas, struct)
         else:
@@ -591,12 +606,14 @@ def _assistant(message, what, schemas, struct):
     given = list(message.get("tool_calls") or [])
     if message.get("function_call"):  # the older form
         given.append(message["function_call"])
-    thought, content = message.get("reasoning_content") or "", message.get("content")
+    thought = message.get("reasoning_content") or ""
+    content = message.get("content")
     if not given and not thought:
         text = _text(content, what)
         calls = [call for call in rest.parse_calls(text) if isinstance(call, rest.Call)]
         return text, [(None, call.name) for call in calls], False
-    said, thought = _text(content or "", what), _text(thought, what)
+    said = _text(content or "", what)
+    thought = _text(thought, what)
     calls = [_call(call, f"call {n} of {what}", schemas, struct) for n, call in enumerate(given, 1)]
     formatted = bool(rest.split_blocks(said))  # in the completion format already
     text = _turn_text([call for _, call in calls], thought, None if formatted else said or None)

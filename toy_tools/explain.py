@@ -8,39 +8,53 @@ import rest
 def explain(engine, chat, row, cfg, paint=None):
     """The group of one row, rolled out, tagged, weighed, scored and turned into the loss, as text.
 
-    paint(text, region), if given, colours a token's text. The last lines list every sampled token of one completion; the shares of all tokens of all completions add up
-    to what rest.policy_loss returns."""
+    paint(text, region), if given, colours a token's text. The last lines list every sampled token of one
+    completion; the shares of all tokens of all completions add up to what rest.policy_loss returns."""
     batch = rest.rollout(engine, chat, [row], cfg, seed=cfg.seed)
     batch.region, batch.covers = rest.token_regions(batch, chat)
     scores = rest.score_batch(batch)
     rewards = [rest.episode_reward(form, correct, 0.0, cfg.reward_scaling) for form, correct, _ in scores]
-    advantages = rest.group_advantages(torch.tensor([rewards]), cfg.method != "dr-grpo", cfg.delta)[0]  # (G,)
+    scale_by_std = cfg.method != "dr-grpo"
+    advantages = rest.group_advantages(torch.tensor([rewards]), scale_by_std, cfg.delta)[0]  # (G,)
     advantages = advantages.to(batch.logp.device)
-    weights = [rest.WEIGHTS[cfg.method](batch, cfg, progress) for progress in (0.0, 0.5, 1.0)]         # (G, T) each
-    scale = rest.loss_scale(batch.sampled, weights[0], cfg.aggregation, cfg.max_completion_tokens)     # (G,)
+    weigh = rest.WEIGHTS[cfg.method]
+    weights = [weigh(batch, cfg, progress) for progress in (0.0, 0.5, 1.0)]                  # (G, T) each
+    now = weights[0]
+    scale = rest.loss_scale(batch.sampled, now, cfg.aggregation, cfg.max_completion_tokens)  # (G,)
     with torch.no_grad():
-        logp = engine.logps(batch, list(range(batch.group)), cfg.temperature)                          # (G, T)
-        loss = rest.policy_loss(logp, batch.logp, advantages, weights[0], batch.sampled, scale, cfg.clip)
-    share = token_shares(logp, batch, advantages, weights[0], scale, cfg.clip)
-    i = max(range(batch.group), key=lambda i: (bool(advantages[i] != 0), len(set(batch.region[i].tolist()))))
+        logp = engine.logps(batch, list(range(batch.group)), cfg.temperature)                # (G, T)
+        loss = rest.policy_loss(logp, batch.logp, advantages, now, batch.sampled, scale, cfg.clip)
+    share = token_shares(logp, batch, advantages, now, scale, cfg.clip)
+
+    def tells_most(i):
+        regions = set(batch.region[i].tolist())
+        return bool(advantages[i] != 0), len(regions)
+
+    i = max(range(batch.group), key=tells_most)
     blocks = [
-        "1. The prompt, and what is wanted", chat.decode(batch.prompts[0]), f"gold: {row['gold']}",
+        "1. The prompt, and what is wanted",
+        chat.decode(batch.prompts[0]),
+        f"gold: {row['gold']}",
         f"2. {batch.group} completions sampled at temperature {cfg.temperature}, scored by rules",
         group_table(scores, rewards, advantages.tolist(), i),
         "3. Regions: mean entropy H, raw weight, weight of a token at progress 0, 0.5 and 1",
-        region_table(batch, cfg), f"4. Completion {i + 1}, token by token",
+        region_table(batch, cfg),
+        f"4. Completion {i + 1}, token by token",
         token_table(batch, chat, i, weights, share, paint),
-        "5. The loss: -w A, over the completion's sampled tokens and the number of completions; all ratios are 1",
+        "5. The loss: -w A, over the completion's sampled tokens and the number of completions; "
+        "all ratios are 1",
         f"this completion's tokens add up to {float(share[i].sum()):+.6f}\n"
         f"all completions' tokens add up to  {float(share.sum()):+.6f}\n"
-        f"rest.policy_loss returns           {float(loss):+.6f}   (near 0 by construction: its gradient is not)"]
+        f"rest.policy_loss returns           {float(loss):+.6f}   "
+        "(near 0 by construction: its gradient is not)"]
     return "\n\n".join(blocks)
 
 
 def token_shares(logp, batch, advantages, weight, scale, clip):
     """What each token adds to rest.policy_loss: float [N, T]."""
     ratio = torch.exp(torch.where(batch.sampled, logp - batch.logp, 0.0))
-    gain = torch.minimum(ratio * advantages[:, None], ratio.clamp(1 - clip, 1 + clip) * advantages[:, None])
+    advantage = advantages[:, None]
+    gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
     return -torch.where(batch.sampled, weight * gain, 0.0) * scale[:, None]
 
 

@@ -11,7 +11,8 @@ rest.Engine elsewhere."""
 import functools
 import inspect
 import logging
-from contextlib import contextmanager
+import math
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -54,9 +55,10 @@ def inside(model):
 @dataclass
 class PackedLayout:
     """Batch rows [prompt | G completions of T tokens], length Lp + G*T. prompt_mask: bool [P, Lp],
-    False at left padding."""
+    False at left padding; padded: whether there is any."""
 
     prompt_mask: torch.Tensor
+    padded: bool
     group: int
     length: int
     masks: tuple = None  # the same for all layers
@@ -94,7 +96,7 @@ class PackedLayout:
         causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
         # padding sees itself: a fully masked row would be NaN
         eye = torch.eye(Lp, dtype=torch.bool, device=device)
-        prompt = None if self.prompt_mask.all() else (see & torch.ones_like(eye).tril()) | eye
+        prompt = (see & torch.ones_like(eye).tril()) | eye if self.padded else None
         own = torch.cat([see.expand(P, 1, T, Lp), causal.expand(P, 1, T, T)], -1)
         return prompt, own.repeat_interleave(G, 0)
 
@@ -104,33 +106,34 @@ class DecodeLayout:
     own, [P, Hkv, G, T, D].
 
     It plays both parts that transformers knows: the cache (`update`) and, through shared_attention, the
-    attention pattern. `column`, if set, is the step as a tensor int64 [1]: every tensor then keeps its
-    shape from step to step, as a CUDA graph needs; the first `width` columns are read, and those still
-    to come are masked."""
+    attention pattern."""
 
-    def __init__(self, prompt_mask, group, length):
+    def __init__(self, prompt_mask, padded, group, length):
         self.prompt_mask = prompt_mask
         self.group = group
         self.length = length
+        self.position = prompt_mask.sum(1).repeat_interleave(group)  # (S,), of column 0
         self.prompt = []
         self.own = []
-        self.packed = PackedLayout(prompt_mask, 0, 0)
+        self.packed = PackedLayout(prompt_mask, padded, 0, 0)
         self.step = None
-        self.column = None
-        self.width = 0
         self.bias = None
 
     def update(self, k, v, layer, *args, **kwargs):
         k = k.to(v.dtype)  # under autocast positions are rotated in float32
         if self.step is None:  # prefill
-            P, Hkv, _, D = k.shape
-            self.prompt.append((k.contiguous(), v.contiguous()))
-            self.own.append(tuple(k.new_zeros(P, Hkv, self.group, self.length, D) for _ in range(2)))
+            self.keep_prompt(k, v, layer)
             return k, v
-        new = [x.view(-1, self.group, *x.shape[1:]).transpose(1, 2) for x in (k, v)]  # (P, Hkv, G, 1, D)
-        if self.column is not None:
-            return tuple(own.index_copy_(3, self.column, x)[:, :, :, :self.width]
-                         for own, x in zip(self.own[layer], new))
+        return self.add_own([x.view(-1, self.group, *x.shape[1:]).transpose(1, 2) for x in (k, v)], layer)
+
+    def keep_prompt(self, k, v, layer):
+        P, Hkv, _, D = k.shape
+        own = tuple(k.new_zeros(P, Hkv, self.group, self.length, D) for _ in range(2))
+        self.prompt.append((k.contiguous(), v.contiguous()))
+        self.own.append(own)
+
+    def add_own(self, new, layer):
+        """new: k and v [P, Hkv, G, 1, D] of this step -> all so far, [P, Hkv, G, t, D]."""
         for own, x in zip(self.own[layer], new):
             own[:, :, :, self.step] = x[:, :, :, 0]
         return tuple(own[:, :, :, :self.step + 1] for own in self.own[layer])
@@ -152,28 +155,111 @@ class DecodeLayout:
         to_own = q.view(-1, R, D) @ k.mT                                             # (P*Hkv*G, R, t)
         scores = torch.cat([to_prompt.view(-1, R, Lp), to_own], -1).view(P, -1, Lp + t)
         if self.bias is None:
-            self.bias = self.make_bias(t, scores)
+            hidden = torch.cat([~self.prompt_mask, self.to_come(t).expand(P, t)], 1)
+            bias = torch.zeros_like(hidden, dtype=scores.dtype).masked_fill(hidden, -torch.inf)
+            self.bias = bias[:, None]                                                # (P, 1, Lp+t)
         p = torch.add(self.bias, scores, alpha=scale).softmax(-1).to(v.dtype).view(-1, R, Lp + t)
         shared = p[..., :Lp].reshape(P * Hkv, G * R, Lp) @ vp                        # (P*Hkv, G*R, D)
         out = torch.baddbmm(shared.view(-1, R, D), p[..., Lp:], v)                   # (P*Hkv*G, R, D)
         return out.view(P, Hkv, G, R, D).transpose(1, 2).reshape(P * G, Hkv * R, 1, D)
 
-    def make_bias(self, t, scores):
-        """(P, 1, Lp+t), the same for all layers: -inf at left padding and, with a fixed width, at
-        columns to come."""
-        now = t if self.column is None else self.column
-        late = torch.arange(t, device=scores.device) > now
-        hidden = torch.cat([~self.prompt_mask, late.expand(len(self.prompt_mask), t)], 1)
-        return torch.zeros_like(hidden, dtype=scores.dtype).masked_fill(hidden, -torch.inf)[:, None]
+    def to_come(self, t):
+        """bool [t]: own columns that are not there yet."""
+        return self.prompt_mask.new_zeros(t)
 
     def select(self, groups, slots, group):
-        """Keep these groups of prompts and these slots, `group` to each."""
+        """Keep these groups of prompts and these slots, `group` to each -> the layout of those."""
         at = slots.view(-1, group) % self.group  # (groups kept, group): which of a group's slots
         self.prompt = [tuple(x[groups] for x in kv) for kv in self.prompt]
         self.own = [tuple(x[groups[:, None], :, at].transpose(1, 2).contiguous() for x in kv)
                     for kv in self.own]
         self.prompt_mask = self.prompt_mask[groups]
+        self.position = self.position[slots]
         self.group = group
+        return self
+
+
+class StaticLayout(DecodeLayout):
+    """A DecodeLayout of tensors that keep shape and address, from step to step and from rollout to
+    rollout, as a CUDA graph needs.
+
+    Prompts stand at the right of Lp columns. ids int64 [S] are the step's tokens and column int64 [1]
+    is its number; the first `width` own columns are read, those still to come are masked. runs holds the
+    prepared step of each width."""
+
+    def __init__(self, prompts, group, length, columns, device):
+        mask = torch.zeros(prompts, columns, dtype=torch.bool, device=device)
+        super().__init__(mask, True, group, length)
+        self.ids = torch.zeros_like(self.position)
+        self.column = self.position.new_zeros(1)
+        self.width = 0
+        self.runs = {}
+
+    def begin(self, prompt_mask, padded):
+        """Another rollout; prompt_mask as DecodeLayout's, of at most as many columns."""
+        self.step = None
+        self.packed = PackedLayout(prompt_mask, padded, 0, 0)
+        self.prompt_mask.zero_()[:, -prompt_mask.shape[1]:] = prompt_mask
+        self.position.copy_(prompt_mask.sum(1).repeat_interleave(self.group))
+
+    def keep_prompt(self, k, v, layer):
+        # what is masked must still be finite: it is 0 in each rollout
+        missing = self.prompt_mask.shape[1] - k.shape[2]
+        k, v = (F.pad(x, (0, 0, missing, 0)) for x in (k, v))
+        if layer == len(self.prompt):
+            return super().keep_prompt(k, v, layer)
+        for kept, x in zip(self.prompt[layer] + self.own[layer], (k, v, 0, 0)):
+            kept[:] = x
+
+    def add_own(self, new, layer):
+        return tuple(own.index_copy_(3, self.column, x)[:, :, :, :self.width]
+                     for own, x in zip(self.own[layer], new))
+
+    def to_come(self, t):
+        return torch.arange(t, device=self.column.device) > self.column
+
+    def at(self, t):
+        """Step t comes. The width doubles from time to time, so that a long token budget is not read
+        before it is used."""
+        self.step = 0
+        self.column.fill_(t)
+        self.width = min(self.length, max(WIDTH, 2 ** t.bit_length()))
+
+    def select(self, groups, slots, into):
+        """Copy these to a smaller StaticLayout, which lies in the same memory -> that."""
+        P, G = len(into.prompt_mask), into.group
+        at = slots.view(P, G) % self.group
+        if not into.prompt:
+            into.prompt = [tuple(first(x, P, *x.shape[1:]) for x in kv) for kv in self.prompt]
+            into.own = [tuple(first(x, P, x.shape[1], G, *x.shape[3:]) for x in kv) for kv in self.own]
+        for layer in range(len(self.prompt)):
+            for x, kept in zip(self.prompt[layer], into.prompt[layer]):
+                kept.copy_(x[groups])
+            for x, kept in zip(self.own[layer], into.own[layer]):
+                kept.copy_(x[groups[:, None], :, at].transpose(1, 2))
+        into.prompt_mask.copy_(self.prompt_mask[groups])
+        into.position.copy_(self.position[slots])
+        into.packed = self.packed
+        return into
+
+
+def first(x, *shape):
+    """The beginning of a contiguous tensor's memory, as a tensor of this shape."""
+    return x.view(-1)[:math.prod(shape)].view(shape)
+
+
+def rungs(prompts, group, length, columns, device):
+    """StaticLayouts for a rollout and for what is left of it later: with half of each group, then again
+    and again with half of the groups and half of each. Few, since each is captured."""
+    layouts = [StaticLayout(prompts, group, length, columns, device)]
+    while prompts * group > 16:
+        if group == 1:
+            prompts = -(-prompts // 4)
+        elif len(layouts) > 1:
+            prompts = -(-prompts // 2)
+        group = -(-group // 2)
+        layouts.append(StaticLayout(prompts, group, length, columns, device))
+    return layouts
 
 
 # What a model may tell its attention and a layout knows already. Anything else (a window, a soft cap, sinks)
@@ -199,11 +285,18 @@ AttentionInterface.register("rest_shared", shared_attention)
 # ---- the engine ----
 
 
+WIDTH = 256       # own columns that a captured step reads at least
+COLUMNS = 256     # prompts are padded to a multiple of this, for fewer shapes
+MAX_SHAPES = 8    # rollouts of other shapes that captured steps are kept for
+MAX_BYTES = 2**30  # that their keys and values may take
+
+
 class SharedEngine(rest.Engine):
-    """rest.Engine with each prompt forwarded and kept once per group. `graph`: on CUDA the decoding
-    step is captured as a graph and replayed; `compiled`: torch.compile fuses its kernels. Both need a
-    step of fixed shapes (static_step), prepared anew when the batch shrinks, and are given up, with a
-    warning, where they fail once."""
+    """rest.Engine with each prompt forwarded and kept once per group.
+
+    graph: on CUDA the decoding step is captured as a graph and replayed; compiled: torch.compile fuses
+    its kernels. Both need a step of fixed shapes (StaticLayout), kept for rollouts to come, and are given
+    up, with a warning, where they fail once. captures: how many steps were captured so far."""
 
     def __init__(self, model, graph=True, compiled=False):
         super().__init__(model)
@@ -212,6 +305,11 @@ class SharedEngine(rest.Engine):
         self.cache_name = "cache" if "cache" in base else "past_key_values"
         self.graph = graph and self.device.type == "cuda"
         self.compiled = compiled
+        self.captures = 0
+        self.kept = {}    # (P, G, T, Lp) -> rungs, the last used one last
+        self.state = None  # the model's, when they were captured
+        self.halves = {}  # linear layer -> its weight in bfloat16
+        self.stream = self.pool = self.first = None  # of captures; the first graph
 
     @contextmanager
     def attention(self):
@@ -225,19 +323,67 @@ class SharedEngine(rest.Engine):
 
     @contextmanager
     def sampling(self):
-        with super().sampling(), self.attention():
+        with super().sampling(), self.attention(), self.cast_weights():
             yield
+
+    @contextmanager
+    def cast_weights(self):
+        """Where graphs are kept and autocast would cast the weights, linear layers have theirs cast
+        already, made anew here, where the last ones lay.
+
+        Autocast remembers what it cast until its context ends: a kept graph would read old weights. So it
+        does not here, and what else is cast is cast in the graph, at every step."""
+        own = {}
+        if self.graph and rest.autocasts(self.model):
+            own = {m: m.weight for m in self.model.modules()
+                   if type(m) is torch.nn.Linear and m.weight.dtype == torch.float32}
+        remembers = torch.is_autocast_cache_enabled()
+        try:
+            for m, weight in own.items():
+                torch.set_autocast_cache_enabled(False)
+                half = self.halves.get(m)
+                if half is None or (half.shape, half.device) != (weight.shape, weight.device):
+                    half = torch.nn.Parameter(weight.bfloat16(), requires_grad=False)
+                m.weight = self.halves[m] = half
+                half.copy_(weight)
+            yield
+        finally:
+            torch.set_autocast_cache_enabled(remembers)
+            for m, weight in own.items():
+                m.weight = weight
 
     # decoding
 
     def prefill(self, prompts, group, max_tokens):
-        self.width = group  # slots to a group
-        self.shrink = 0.5 if self.graph or self.compiled else 0.75
         ids, mask = rest.left_pad(prompts, self.device)                           # (P, Lp)
-        self.layout = DecodeLayout(mask, group, max_tokens)
-        self.position = mask.sum(1).repeat_interleave(group)                      # (S,)
+        if self.graph or self.compiled:
+            self.rungs = self.keep(len(prompts), group, max_tokens, ids.shape[1])
+            self.layout = self.rungs[0]
+            self.layout.begin(mask, ragged(prompts))
+        else:
+            self.layout = DecodeLayout(mask, ragged(prompts), group, max_tokens)
         logits = self.forward(ids, (mask.cumsum(1) - 1).clamp(min=0))             # (P, V)
         return logits.repeat_interleave(group, 0)                                 # (S, V)
+
+    def keep(self, prompts, group, length, columns):
+        """The layouts of rollouts of this shape, with what was captured for them if the model is still
+        what it was then. Those that were not used for longest make room."""
+        if self.graph:
+            columns = -(-columns // COLUMNS) * COLUMNS
+        state = fingerprint(self.model)
+        if state != self.state:
+            self.state = state
+            self.kept.clear()
+        shape = (prompts, group, length, columns)
+        found = self.kept.pop(shape, None)
+        while self.kept and not found:
+            layouts = [full for full, *_ in self.kept.values()]
+            size = sum(x.nbytes for full in layouts for kv in (*full.prompt, *full.own) for x in kv)
+            if len(layouts) < MAX_SHAPES and size <= MAX_BYTES:
+                break
+            del self.kept[next(iter(self.kept))]
+        self.kept[shape] = found or rungs(*shape, self.device)
+        return self.kept[shape]
 
     def forward(self, ids, position_ids):
         self.layout.bias = None  # the last step's
@@ -247,92 +393,102 @@ class SharedEngine(rest.Engine):
         return self.causal.get_output_embeddings()(hidden[:, -1])
 
     def step(self, ids, t):
-        self.layout.step = t
-        while (self.graph or self.compiled) and (self.layout.column is None or t >= self.layout.width):
+        layout = self.layout
+        if not isinstance(layout, StaticLayout):
+            layout.step = t
+            return self.forward(ids[:, None], layout.position[:, None] + t)
+        layout.at(t)
+        layout.ids.copy_(ids)
+        while layout.width not in layout.runs:
             try:
-                self.prepare(ids, t)
+                layout.runs[layout.width] = self.prepare()
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # without the one, then without the other
                 self.give_up(error)
-        if self.layout.column is None:
-            return self.forward(ids[:, None], self.position[:, None] + t)
-        return self.static_run(ids, t)
+        return layout.runs[layout.width]()
 
     def give_up(self, error):
         what = "compiled" if self.compiled else "graph"
         setattr(self, what, False)
-        self.forget()
+        self.kept.clear()
+        for layout in self.rungs:
+            layout.runs.clear()
         log.warning("decoding without %s (slower, same results): %s",
                     "compilation" if what == "compiled" else "a CUDA graph", error)
 
-    def forget(self):
-        """What was prepared is for other shapes: its memory is free."""
-        self.layout.column = self.replay = self.graph_logits = None
+    def static_step(self):
+        """A step whose tensors all keep their shapes and addresses: what a graph can hold."""
+        return self.forward(self.layout.ids[:, None], (self.layout.position + self.layout.column)[:, None])
 
-    def static_step(self, ids):
-        """A step whose tensors all keep their shapes and addresses: what a graph can hold. ids int64 [S]."""
-        return self.forward(ids[:, None], (self.position + self.layout.column)[:, None])
+    def work(self):
+        return compiled_step()(self) if self.compiled else self.static_step()
 
-    def work(self, ids):
-        return compiled_step()(self, ids) if self.compiled else self.static_step(ids)
+    def prepare(self):
+        """run() -> logits: the step of self.layout, at its width, compiled and captured. Raises RuntimeError
+        if that fails, or differs from the eager step.
 
-    def static_run(self, ids, t):
-        self.layout.column.fill_(t)
-        if not self.graph:
-            return self.work(ids)
-        self.graph_ids.copy_(ids)
-        self.replay()
-        return self.graph_logits  # until the next replay writes over them
-
-    def prepare(self, ids, t):
-        """Compiles and captures the step for the rows that are there now and the steps below
-        layout.width, which doubles from time to time, so that a long token budget is not read before it
-        is used. Raises RuntimeError if that fails, or differs from the eager step.
-
-        The graph reads graph_ids, self.position and the layout's tensors where they lie now: all live
-        until the next `prepare`."""
-        self.forget()
-        self.layout.column = torch.full((1,), t, device=ids.device)
-        self.layout.width = min(self.layout.length, max(128, 2 * t))
-        # and a warm-up: libraries allocate, autocast casts weights outside the graph
-        expected = self.static_step(ids)
+        A graph reads the layout's tensors and the model's where they lie now; its logits stand until the
+        next replay of any."""
+        expected = self.static_step()  # and a warm-up: libraries allocate
+        run = self.work
         if self.graph:
             if self.compiled:
-                self.work(ids)
-            self.graph_ids = ids.clone()
-            self.replay, self.graph_logits = self.record(lambda: self.work(self.graph_ids))
-            self.graph_logits.zero_()  # if the graph were empty, nothing would come back
-        if not close(self.static_run(ids, t), expected):
-            raise RuntimeError("the prepared step differs from the eager one")
+                self.work()
+            replay, logits = self.record(self.work)
+            self.captures += 1
+            logits.zero_()  # if the graph were empty, nothing would come back
 
-    @staticmethod
-    def record(work):
+            def run():
+                replay()
+                return logits
+        if (self.graph or self.compiled) and not close(run(), expected):
+            raise RuntimeError("the prepared step differs from the eager one")
+        return run
+
+    def record(self, work):
         """(run, result): run() does what work() does, by a CUDA graph, and writes its result where it
-        stands."""
+        stands. The graphs of an engine are replayed one after the other, so that one memory pool serves
+        all. What other threads do meanwhile, an abandoned tool's say, is no part of it."""
         graph = torch.cuda.CUDAGraph()
-        # the first of the two restores the stream
-        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
-            result = work()
+        with torch.cuda.device(self.device):
+            self.stream = self.stream or torch.cuda.Stream()
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            options = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
+            try:  # the first of the two contexts restores the stream
+                with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, **options):
+                    result = work()
+            except BaseException:
+                # an invalid capture leaves the allocator waiting for its end
+                with suppress(RuntimeError):
+                    torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool)
+                    torch._C._cuda_releasePool(torch.cuda.current_device(), self.pool)
+                self.pool = self.first = None
+                raise
+        self.first = self.first or graph  # a pool ends with the last of its graphs
         return graph.replay, result
 
     def drop(self, done):
         """Takes out finished groups and narrows the others to the fullest one, where that makes the
-        batch enough smaller."""
-        groups = [done[a:a + self.width] for a in range(0, len(done), self.width)]
-        keep = [k for k, group in enumerate(groups) if not all(group)]
+        batch enough smaller; of static layouts, to the smallest that holds them."""
+        G = self.layout.group
+        groups = [done[a:a + G] for a in range(0, len(done), G)]
+        count = sum(not all(group) for group in groups)
         width = max(group.count(False) for group in groups)
-        if len(keep) * width > self.shrink * len(done):
+        into = width
+        if isinstance(self.layout, StaticLayout):
+            into = [x for x in self.rungs if len(x.prompt_mask) >= count and x.group >= width][-1]
+            if into is self.layout:
+                return None
+            count, width = len(into.prompt_mask), into.group
+        elif count * width > 0.75 * len(done):
             return None
+        keep = sorted(range(len(groups)), key=lambda k: all(groups[k]))[:count]
         slots = []
         for k in keep:  # finished ones last; some stay where another group is fuller
-            order = sorted(range(self.width), key=lambda s: groups[k][s])
-            slots += [k * self.width + s for s in order[:width]]
-        at = torch.tensor(slots, device=self.device)
-        self.layout.select(torch.tensor(keep, device=self.device), at, width)
-        self.position = self.position[at]
-        self.width = width
-        self.forget()
+            order = sorted(range(G), key=lambda s: groups[k][s])
+            slots += [k * G + s for s in order[:width]]
+        self.layout = self.layout.select(*(rest.to_device(x, self.device) for x in (keep, slots)), into)
         return slots
 
     # update
@@ -369,16 +525,18 @@ class SharedEngine(rest.Engine):
         groups = list(dict.fromkeys(row // batch.group for row in rows))
         P, n = len(groups), len(rows) // len(groups)
         T = max(batch.length[rows].tolist())
-        completions = batch.tokens[rows, :T].view(P, n * T)
-        ids, mask = rest.left_pad([batch.prompts[p] for p in groups], self.device)         # (P, Lp)
+        completions = batch.tokens[rest.to_device(rows, self.device), :T].view(P, n * T)
+        prompts = [batch.prompts[p] for p in groups]
+        ids, mask = rest.left_pad(prompts, self.device)                                    # (P, Lp)
         Lp = ids.shape[1]
         before = (mask.cumsum(1) - 1).clamp(min=0)                                         # (P, Lp)
+        layout = PackedLayout(mask, ragged(prompts), n, T)
         after = mask.sum(1, keepdim=True) + torch.arange(T, device=self.device)            # (P, T)
         with rest.autocast(self.model), self.attention():
             hidden = self.causal.base_model(
                 input_ids=torch.cat([ids, completions], 1),
                 position_ids=torch.cat([before, after.repeat(1, n)], 1),
-                use_cache=False, layout=PackedLayout(mask, n, T)).last_hidden_state        # (P, Lp+n*T, H)
+                use_cache=False, layout=layout).last_hidden_state                          # (P, Lp+n*T, H)
             last = hidden[:, None, Lp - 1:Lp].expand(-1, n, -1, -1)                        # (P, n, 1, H)
             own = hidden[:, Lp:].unflatten(1, (n, T))[:, :, :-1]                           # (P, n, T-1, H)
             states = torch.cat([last, own], 2).flatten(0, 2)                               # (P*n*T, H)
@@ -411,6 +569,24 @@ def close(a, b):
         return False
     a, b = (x.nan_to_num(0.0, 0.0, 0.0) for x in (a, b))  # words that a model rules out have logit -inf
     return bool((a - b).abs().max() <= (1e-4 if exact else 5e-2) * b.abs().max())
+
+
+def ragged(prompts):
+    """Whether these id lists differ in length, so that some are padded."""
+    return len(set(map(len, prompts))) > 1
+
+
+def fingerprint(model):
+    """What a captured step took for granted: where parameters and buffers lie, which modules there are,
+    their hooks and their plain attributes, by which adapters are switched, say."""
+    plain = (bool, int, float, str, list, tuple, dict)
+    inner = ("_parameters", "_buffers", "_modules")
+    state = [x.data_ptr() for x in (*model.parameters(), *model.buffers())]
+    for module in model.modules():
+        values = [(name, str(x)) for name, x in vars(module).items()
+                  if isinstance(x, plain) and x and name not in inner]
+        state.append((id(module), values))
+    return state
 
 
 @functools.cache
@@ -506,7 +682,7 @@ def probe_batch(model, lengths=(40, 3, 11)):
     prompts = [torch.randint(0, config.vocab_size, (min(n, longest),), generator=g).tolist() for n in lengths]
     tokens = torch.randint(0, config.vocab_size, (6, 6), generator=g)
     length = torch.tensor([6, 2, 2, 4, 2, 2])
-    tokens, length = (x.to(next(model.parameters()).device) for x in (tokens, length))
+    tokens = tokens.to(next(model.parameters()).device)
     return rest.Rollout([], prompts, 2, tokens, *[None] * 3, length, *[None] * 3)
 
 

@@ -46,7 +46,8 @@ class Run:
     save_steps: int = knob(50, "Checkpoint every so many steps; 0: only start and end.", "at least 0")
     keep_steps: list[int] = several("Steps whose checkpoints stay, as kept/stepN; 0: the start.")
     resume: bool = knob(False, "Continue the run --name, or begin it if there is none.")
-    show_every: int = knob(0, "Print an episode, coloured, every so many steps; 0: only at the end.", "at least 0")
+    show_every: int = knob(0, "Print an episode, coloured, every so many steps; 0: only at the end.",
+                           "at least 0")
     explain: bool = knob(False, "No training: one sample through the whole pipeline, in the terminal.")
     eval_only: bool = knob(False, "No training: evaluate the run --name, --model, or the embedded policy.")
     benchmarks: list[str] = several("bfcl, bfcl-code, bfcl-live, bfcl-multi-turn, api-bank, or categories.")
@@ -59,8 +60,8 @@ BOUNDS = rest.BOUNDS | {"at least -1": lambda x: x >= -1, "in [0, 1]": lambda x:
 
 # What a resumed run may change: none of these changes what is drawn or measured; more steps prolong it.
 FREE = {"name", "output_dir", "resume", "save_steps", "keep_steps", "steps", "device", "shared_prefix",
-        "cuda_graph", "compile_decode", "gradient_checkpointing", "micro_batch", "micro_batch_tokens", "show_every",
-        "eval_batch"}
+        "cuda_graph", "compile_decode", "gradient_checkpointing", "micro_batch", "micro_batch_tokens",
+        "show_every", "eval_batch"}
 
 # Knobs that not every method reads, with those that do. A method of one's own may read any.
 ENTROPY = {"rest", "rest-static", "no-thought", "shuffled", "token-entropy"}
@@ -132,7 +133,8 @@ def dashes(word):
 def check(run, cfg, given, device):
     """Raises ValueError for what cannot be, and for every option given that would be ignored."""
     for option in fields(run):
-        value, bound = getattr(run, option.name), option.metadata["bound"]
+        value = getattr(run, option.name)
+        bound = option.metadata["bound"]
         if bound and not (math.isfinite(value) and BOUNDS[bound](value)):
             raise ValueError(f"{flag(option.name)} must be a number {bound}, not {value}")
     for name in given & {"name", "output_dir", "model", "data", "eval_data", "compare", "api_bank_dir"}:
@@ -160,22 +162,24 @@ def check(run, cfg, given, device):
 def misfits(run, cfg, device):
     """[(options, whether they have an effect in this run, else why not)]"""
     training = not run.eval_only
-    explained = {"method", "reward_scaling", "aggregation", "clip", "delta", "group", "steps", *READERS, *ROLLOUT}
-    explained -= {"max_turns", "tool_timeout"}
     embedded = not run.model and not (run.eval_only and run.name)
     own_test = run.eval_data or run.eval_only and run.data
     toys = training and not run.data or not own_test and not run.benchmarks
     knobs = {option.name for option in fields(cfg)}
+    explained = {"method", "reward_scaling", "aggregation", "clip", "delta", "group", "steps"}
+    explained |= set(READERS) | ROLLOUT - {"max_turns", "tool_timeout"}
+    unexplained = knobs - explained | {
+        "name", "output_dir", "eval_data", "eval_rows", "eval_samples", "eval_batch", "save_steps",
+        "keep_steps", "resume", "show_every", "gradient_checkpointing", "eval_only"}
+    of_training = {"train_rows", "save_steps", "keep_steps", "resume", "show_every",
+                   "gradient_checkpointing", "lora_rank"}
     rules = [
         ({"benchmarks"}, run.eval_only, "it needs --eval-only"),
         ({"api_bank_dir", "limit", "compare"}, run.benchmarks, "it needs --eval-only --benchmarks"),
         ({"api_bank_dir"}, any(name.startswith("api") for name in run.benchmarks),
          "no --benchmarks of API-Bank are asked for"),
-        ((knobs - explained) | {"name", "output_dir", "eval_data", "eval_rows", "eval_samples", "eval_batch", "save_steps",
-                                "keep_steps", "resume", "show_every", "gradient_checkpointing", "eval_only"},
-         not run.explain, "--explain trains and evaluates nothing"),
-        ({"train_rows", "save_steps", "keep_steps", "resume", "show_every", "gradient_checkpointing", "lora_rank"},
-         training, "--eval-only trains nothing"),
+        (unexplained, not run.explain, "--explain trains and evaluates nothing"),
+        (of_training, training, "--eval-only trains nothing"),
         (knobs - ROLLOUT, training, "--eval-only trains nothing"),
         ({"warm_start_steps"}, training or embedded, "--eval-only trains nothing"),
         ({"data", "eval_data", "eval_rows", "eval_samples", "temperature", "max_turns", "tool_timeout"},

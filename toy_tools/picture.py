@@ -1,5 +1,5 @@
-"""A picture of two completions of a run, from its first and its last recorded step: every token in the colour of its
-region, the darker the heavier it weighs, its weight below. For README and papers:
+"""A picture of two completions of a run, from its first and its last recorded step: every token in the
+colour of its region, the darker the heavier it weighs, its weight below. For README and papers:
 
     python -m toy_tools.picture runs/rest-seed0 episode.svg
 """
@@ -11,13 +11,22 @@ from pathlib import Path
 
 import rest
 
-COLOURS = {"format": "#7a7f87", "name": "#c98a00", "params": "#0b7fab", "thought": "#3a8f3a", "text": "#a03fa0"}
+COLOURS = {
+    "format": "#7a7f87",
+    "name": "#c98a00",
+    "params": "#0b7fab",
+    "thought": "#3a8f3a",
+    "text": "#a03fa0"}
 PAPER = {r: name for name, members in rest.PAPER_REGIONS.items() for r in members}
-WIDTH, CHAR, LINE, MARGIN = 88, 8.4, 38, 16  # characters a line; pixels
+FONT = 'font-family="ui-monospace, Menlo, Consolas, monospace" font-size="14"'
+WIDTH = 88   # characters a line
+CHAR = 8.4   # pixels, and so the others
+LINE = 38
+MARGIN = 16
 
 
 def picture(folder, out, method=""):
-    """Write the SVG. Raises ValueError if the run has recorded no episodes, or none with an exact completion."""
+    """Write the SVG. Raises ValueError if the run has recorded no episodes."""
     folder = Path(folder)
     file = folder / "episodes.jsonl"
     if not file.exists():
@@ -36,12 +45,14 @@ def picture(folder, out, method=""):
         parts.append(text(x + 18, y, name, "#57606a"))
         x += 30 + CHAR * len(name) + 12
     y += 24
-    parts.append(text(MARGIN, y, "the darker the heavier; below is the weight w of the tokens, 1 is GRPO", "#57606a"))
+    legend = "the darker the heavier; below is the weight w of the tokens, 1 is GRPO"
+    parts.append(text(MARGIN, y, legend, "#57606a"))
     width = int(2 * MARGIN + WIDTH * CHAR)
+    height = y + MARGIN
     body = "\n".join(parts)
     Path(out).write_text(
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{y + MARGIN}" '
-        f'viewBox="0 0 {width} {y + MARGIN}" font-family="ui-monospace, Menlo, Consolas, monospace" font-size="14">\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+        f'viewBox="0 0 {width} {height}" {FONT}>\n'
         f'<rect width="100%" height="100%" fill="#ffffff"/>\n{body}\n</svg>\n', encoding="utf-8")
 
 
@@ -63,10 +74,14 @@ def draw(parts, completion, method, y):
     column = 0
     label_free = 0  # a weight is written where it differs from the last, if there is room
     last = None
-    for token, region, w in zip(completion["tokens"], completion["region"], weights(completion, method)):
+    shown = zip(completion["tokens"], completion["region"], weights(completion, method))
+    for token, region, w in shown:
         for k, piece in enumerate(token.replace("\t", " ").split("\n")):
             if k or column + len(piece) > WIDTH:
-                column, y, label_free, last = 0, y + LINE, 0, None
+                column = 0
+                y += LINE
+                label_free = 0
+                last = None
             if not piece:
                 continue
             x = MARGIN + column * CHAR
@@ -84,7 +99,8 @@ def draw(parts, completion, method, y):
 
 
 def text(x, y, content, colour, more=""):
-    return f'<text x="{x:.1f}" y="{y}" fill="{colour}" xml:space="preserve" {more}>{escape(content)}</text>'
+    content = escape(content)
+    return f'<text x="{x:.1f}" y="{y}" fill="{colour}" xml:space="preserve" {more}>{content}</text>'
 
 
 if __name__ == "__main__":

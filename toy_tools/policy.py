@@ -23,7 +23,7 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTr
 import rest
 from toy_tools import chat, fast, lora, schema, tasks, tools
 
-# -------------------------------------------------------------------------------- the embedded policy
+# ------------------------------------------------------------------------------ the embedded policy
 
 WARM_START_STEPS = 480
 START = Path(__file__).parent / "start"  # the warm-started policy of seed 0, which comes with the repository
@@ -63,18 +63,17 @@ def build_tokenizer(texts, vocab_size=1536):
     return tokenizer
 
 
-def model_config(vocab_size):
-    return Qwen3Config(
-        vocab_size=vocab_size, hidden_size=160, intermediate_size=448, num_hidden_layers=3,
-        num_attention_heads=5,
-        num_key_value_heads=5, head_dim=32, max_position_embeddings=2048, tie_word_embeddings=True,
-        initializer_range=0.06, bos_token_id=None, eos_token_id=2, pad_token_id=0)
+SHAPE = {
+    "hidden_size": 160, "intermediate_size": 448, "num_hidden_layers": 3, "num_attention_heads": 5,
+    "num_key_value_heads": 5, "head_dim": 32, "max_position_embeddings": 2048,
+    "tie_word_embeddings": True, "initializer_range": 0.06}
 
 
 def build_model(vocab_size, seed=0):
     """A randomly initialised Qwen3 of about 1M parameters."""
     torch.manual_seed(seed)
-    return Qwen3ForCausalLM(model_config(vocab_size))
+    ids = {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0}
+    return Qwen3ForCausalLM(Qwen3Config(vocab_size=vocab_size, **SHAPE, **ids))
 
 
 def noisy_demonstration(row, rng, noise):
@@ -82,7 +81,8 @@ def noisy_demonstration(row, rng, noise):
 
     Each with probability `noise`: a thought left open or left out, broken JSON, a response beside
     calls. Each with a third of that: a wrong tool, a wrong or missing argument, a missing call."""
-    calls, demo = [dict(c) for c in row["gold"][0]], row["demo"][0]
+    calls = [dict(call) for call in row["gold"][0]]
+    demo = row["demo"][0]
     for call in calls:
         call["arguments"] = dict(call["arguments"])
         if row["tools"] and rng.random() < noise / 3:
@@ -130,7 +130,8 @@ def looking_up(tokenizer, rng, questions=12):
         answer = rng.choice(tasks.USE if there else tasks.NO_TOOL) + "\n"
         for text, trained in ((question, False), (answer, True)):
             piece = tokenizer(text, add_special_tokens=False)["input_ids"]
-            ids, mask = ids + piece, mask + [trained] * len(piece)
+            ids = ids + piece
+            mask = mask + [trained] * len(piece)
     return ids, mask
 
 
@@ -148,8 +149,7 @@ def recipe(seed=0, steps=WARM_START_STEPS, batch=32, learning_rate=3e-3, noise=0
     pairs, rng = demonstrations(seed, 200, noise, mask_names)
     tokenizer = build_tokenizer([], 300)
     lessons = [(copying(tokenizer, rng), looking_up(tokenizer, rng)) for _ in range(50)]
-    shape = model_config(300).to_diff_dict()
-    shown = json.dumps([pairs, lessons, CHAT_TEMPLATE, shape], sort_keys=True, default=str)
+    shown = json.dumps([pairs, lessons, CHAT_TEMPLATE, SHAPE], sort_keys=True, default=str)
     return {"seed": seed, "steps": steps, "batch": batch, "learning_rate": learning_rate, "noise": noise,
             "mask_names": mask_names, "data": hashlib.sha256(shown.encode()).hexdigest()}
 
@@ -255,25 +255,28 @@ def supervised(model, sequences, steps, learning_rate, micro_batch, what="warm s
         chosen = sorted(sequences(step), key=lambda pair: len(pair[0]))
         total = sum(sum(mask) for _, mask in chosen)
         optimizer.zero_grad(set_to_none=True)
-        loss = 0.0
+        parts = []
         for start in range(0, len(chosen), micro_batch):
             part = chosen[start:start + micro_batch]
             width = len(part[-1][0])  # right-padded: what is behind is not seen
-            ids = torch.tensor([i + [0] * (width - len(i)) for i, _ in part], device=device)
-            mask = torch.tensor([m + [False] * (width - len(m)) for _, m in part], device=device)[:, 1:]
-            targets = ids[:, 1:][mask]
+            ids = rest.to_device([i + [0] * (width - len(i)) for i, _ in part], device)  # (n, width)
+            at = [row * width + t for row, (_, mask) in enumerate(part)
+                  for t, learnt in enumerate(mask[1:]) if learnt]
+            at = rest.to_device(at, device).long()  # (tokens,), of n * width: each predicts the next
+            targets = ids.flatten()[at + 1]
             with rest.autocast(model):
                 if head is None:
-                    logits = model(input_ids=ids, use_cache=False).logits[:, :-1][mask]   # (tokens, V)
+                    logits = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)[at]
                     logp = rest.token_logps(logits, targets, 1.0)
                 else:  # logits of the tokens to learn only
                     states = causal.base_model(input_ids=ids, use_cache=False).last_hidden_state
-                    logp = fast.head_logps(states[:, :-1][mask], targets, 1.0, head)
+                    logp = fast.head_logps(states.flatten(0, 1)[at], targets, 1.0, head)
             micro = -logp.sum() / total
             micro.backward()
-            loss += float(micro.detach())
+            parts.append(micro.detach())
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
+        loss = sum(torch.stack(parts).tolist())  # the one wait of a step
         losses.append(loss)
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
     return losses
@@ -336,7 +339,8 @@ def load_model(path, dtype=torch.float32, gradient_checkpointing=False, lora_ran
 
 def read_model(path, dtype):
     """(model, tokenizer) as they lie in a folder, on the hub, or in a .gguf file."""
-    kwargs, quantization = {}, {}
+    kwargs = {}
+    quantization = {}
     if path.endswith(".gguf"):
         file = Path(path)
         if not file.is_file():

@@ -42,9 +42,9 @@ class Recorder:
     def record(self, step, batch, cfg, chat):
         """Record step `step`, if it is one of those to keep.
 
-        batch: rest.Rollout as rest.train_step returns it; chat: rest.Chat. Prompts whose completions differ in
-        reward come first: the others teach nothing. Weights are those every method gives in the whole batch;
-        H is in nats."""
+        batch: rest.Rollout as rest.train_step returns it; chat: rest.Chat. Prompts whose completions
+        differ in reward come first: the others teach nothing. Weights are those every method gives in the
+        whole batch; H is in nats."""
         if step % self.every and step != cfg.steps - 1:
             return
         if not self.trimmed:

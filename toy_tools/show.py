@@ -154,13 +154,19 @@ def t95(freedom):
 
 
 def seeds(folders, out, baseline="grpo"):
-    """Compares methods over seeds. folders: finished runs; those of one seed share their start.
+    """Compares methods over seeds. folders: runs; those of one seed share their start.
 
     Writes their held-out results to the CSV `out` (a line per run, moment and category) and returns a
     Markdown table of exact-call rates: mean and standard deviation over seeds, and the difference to the
-    baseline's runs, paired by seed, with its 95% interval (Student's t). Raises ValueError for a run that
-    has not finished, for two of one method and seed, and for runs whose other settings differ."""
-    runs = [read_run(Path(folder)) for folder in folders]
+    baseline's runs, paired by seed, with its 95% interval (Student's t). Runs that have not finished are
+    left out and named below it. Raises ValueError if none has finished, for a folder of no run, for two
+    runs of one method and seed, and for runs whose other settings differ."""
+    folders = [Path(folder) for folder in folders]
+    unfinished = [folder for folder in folders if has_not_finished(folder)]
+    runs = [read_run(folder) for folder in folders if folder not in unfinished]
+    left_out = ", ".join(map(str, unfinished))
+    if unfinished and not runs:
+        raise ValueError(f"none of these runs has finished and been evaluated (no after.json): {left_out}")
     if not runs:
         raise ValueError("there is nothing to compare: name the folders of finished runs")
     for one, other in itertools.combinations(runs, 2):
@@ -182,11 +188,19 @@ def seeds(folders, out, baseline="grpo"):
         other = found.get(baseline, {}) if method != baseline else {}
         pairs = [run["after"] - other[seed]["after"] for seed, run in of_seed.items() if seed in other]
         table.append(f"| {method} | {len(of_seed)} | {before} | {after} | {interval(pairs)} |")
+    if unfinished:
+        table += ["", f"Left out, not finished or never evaluated (no after.json): {left_out}"]
     return "\n".join(table)
 
 
+def has_not_finished(folder):
+    """Whether it is a run's folder without the evaluation at its end."""
+    return (folder / "config.json").is_file() and not (folder / "after.json").is_file()
+
+
 def read_run(folder):
-    """A finished run: {folder, method, seed, settings, lines of the CSV, before and after: exact-call rates}."""
+    """A finished run: {folder, method, seed, settings, lines of the CSV, before and after: exact-call
+    rates}."""
     options = read(folder, "config.json", "it is not the folder of a run")
     run = {"folder": folder, "method": options["config"]["method"], "seed": options["config"]["seed"]}
     run["settings"] = options.get("run", {}) | options["config"]

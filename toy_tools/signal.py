@@ -159,9 +159,10 @@ def bootstrap_counts(n, draws, seed=0):
 
 
 class Sketch:
-    """A fixed random linear map of vectors float32 [D] to [width]: <sketch(x), sketch(y)> is <x, y> on average
-    over seeds, with a variance of about (||x||^2 ||y||^2 + <x, y>^2) / width. A count sketch (Charikar,
-    Chen, Farach-Colton 2002) whose buckets come from rolling whole blocks, so that no index is kept."""
+    """A fixed random linear map of vectors float32 [D] to [width]: <sketch(x), sketch(y)> is <x, y> on
+    average over seeds, with a variance of about (||x||^2 ||y||^2 + <x, y>^2) / width. A count sketch
+    (Charikar, Chen, Farach-Colton 2002) whose buckets come from rolling whole blocks, so that no index is
+    kept."""
 
     def __init__(self, size, width, device="cpu", seed=0):
         draw = torch.Generator().manual_seed(seed)
@@ -264,8 +265,9 @@ def second_moment(optimizer, square):
 
 
 def grams(gradients, scales):
-    """{coordinates: K float64 [n, C, n, C]} of n tensors float32 [C, copies, m]. One copy: whole gradients, to
-    be multiplied by each of `scales` [m]; as many as scales: sketches of gradients multiplied already."""
+    """{coordinates: K float64 [n, C, n, C]} of n tensors float32 [C, copies, m]. One copy: whole
+    gradients, to be multiplied by each of `scales` [m]; as many as scales: sketches of gradients
+    multiplied already."""
     n = len(gradients)
     C, copies, size = gradients[0].shape
     total = [torch.zeros(n * C, n * C, dtype=torch.float64) for _ in scales]
@@ -368,8 +370,8 @@ def measure(point, folder, batches, methods, sketch, bar):
 
 
 def region_facts(batches, cfg, progress):
-    """{tokens [R], entropy [R] in nats, linear: {method: weights [R]}} over all rollouts. A method's weight of
-    a region is its mean over the region's tokens."""
+    """{tokens [R], entropy [R] in nats, linear: {method: weights [R]}} over all rollouts. A method's
+    weight of a region is its mean over the region's tokens."""
     firsts = [members[0] for members in rest.PAPER_REGIONS.values()]
     variants = {"raw one-minus-exp": ("one-minus-exp", 0.0), "raw inverse": ("inverse", 0.0),
                 "curriculum": (cfg.raw_weight, progress), "curriculum at the end": (cfg.raw_weight, 1.0)}
@@ -502,8 +504,8 @@ def write_csv(lines, path):
 
 
 def figure(lines, path):
-    """Picture of a table's lines, pooled ones where there are several runs. A row per coordinates: w* >= 0 over
-    training beside ResT's weights, then gains over uniform weights for three batch sizes, with 95%
+    """Picture of a table's lines, pooled ones where there are several runs. A row per coordinates: w* >= 0
+    over training beside ResT's weights, then gains over uniform weights for three batch sizes, with 95%
     intervals. No interval, no point: uniform weights' signal could not be told from 0 there. Raises
     ImportError without matplotlib."""
     try:

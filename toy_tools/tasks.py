@@ -1,25 +1,37 @@
-"""Task generators in BFCL's categories over the toy tools: seeded, with disjoint train and test splits (held-out entities and phrasings).
+"""Task generators in BFCL's categories over the toy tools: seeded, with disjoint train and test splits
+(held-out entities and phrasings).
 
-A row: messages, tools (schemas), gold (one list of calls per assistant turn to come), category, state (of the ToolBox), and demo (per turn a
-clean thought and, where the turn answers, a response), from which the warm start makes its demonstrations."""
+A row:
+    messages   the request
+    tools      schemas
+    gold       one list of calls per assistant turn to come
+    category   one of CATEGORIES
+    state      of the ToolBox
+    demo       per turn a clean thought and, where the turn answers, a response: from these the warm
+               start makes its demonstrations
+"""
 
+import itertools
 import json
 import random
 import re
+from dataclasses import dataclass, field
 
 from toy_tools.tools import TOOLS, ToolBox
 
 CATEGORIES = ("simple", "multiple", "parallel", "irrelevance", "multi_turn")
 
-# ---------------------------------------------------------------------------------------- entities: word pairs, every third pair held out
+# ---- entities: word pairs, every third pair held out ----
 
-FIRST = "Ana Ben Carla David Elena Felix Grace Hugo Irene Jonas Karin Liam Mara Nils Olga Pablo Rosa Simon Tara Umar Vera Wanda Yara Zoe".split()
+FIRST = ("Ana Ben Carla David Elena Felix Grace Hugo Irene Jonas Karin Liam "
+         "Mara Nils Olga Pablo Rosa Simon Tara Umar Vera Wanda Yara Zoe").split()
 LAST = "Adler Bauer Costa Diaz Evans Fisher Gomez Huber Ito Jansen Kim Lopez".split()
 AREA = "North South East West Old New Upper Lower".split()
-CITY = ("Oslo Lima Cairo Paris Tokyo Delhi Quito Rabat Seoul Turin Vienna Warsaw Athens Berlin Chicago Dublin Geneva Havana Lisbon Madrid Nairobi Prague "
-        "Riga Tunis").split()
+CITY = ("Oslo Lima Cairo Paris Tokyo Delhi Quito Rabat Seoul Turin Vienna Warsaw "
+        "Athens Berlin Chicago Dublin Geneva Havana Lisbon Madrid Nairobi Prague Riga Tunis").split()
 COLOUR = "red blue green black white yellow brown grey".split()
-THING = "bread milk flowers passport glasses keys battery garden bicycle novel guitar blanket camera jacket mirror basket candle ladder carpet hammer".split()
+THING = ("bread milk flowers passport glasses keys battery garden bicycle novel "
+         "guitar blanket camera jacket mirror basket candle ladder carpet hammer").split()
 KIND = "Golden Silver Happy Little Royal Lucky Quiet Wild".split()
 HOUSE = "Fork Lantern Mill Anchor Olive Dragon Oven Spoon Garden Star Kettle Barrel".split()
 CROWD = "Kites Owls Rivers Drums Pines Lights Sparrows Maps Coats Engines".split()
@@ -33,15 +45,18 @@ def address(name):
 
 
 class Draw:
-    """Random entities of one split. All their words occur in both splits, but each pair of words in one of them only."""
+    """Random entities of one split. All their words occur in both splits, but each pair of words in one
+    of them only."""
 
     def __init__(self, rng, split):
-        self.rng, self.test = rng, split == "test"
+        self.rng = rng
+        self.test = split == "test"
 
     def two(self, first, second):
         """One of each sequence, a pair of this split."""
         while True:
-            i, j = self.rng.randrange(len(first)), self.rng.randrange(len(second))
+            i = self.rng.randrange(len(first))
+            j = self.rng.randrange(len(second))
             if ((i + j) % 3 == 2) == self.test:
                 return first[i], second[j]
 
@@ -88,29 +103,39 @@ class Draw:
     def amount(self, what, kinds):
         """An amount of one kind, to be changed into another: {what, source, target}."""
         n, source = self.two(range(2, 100), list(kinds))
-        return {what: n, "source": source, "target": self.rng.choice([k for k in kinds if k != source and kinds[k][0] == kinds[source][0]])}
+        others = [k for k in kinds if k != source and kinds[k][0] == kinds[source][0]]
+        return {what: n, "source": source, "target": self.rng.choice(others)}
+
+    def phrase(self, train, test):
+        """What is said in this split: one of `train`, or `test`."""
+        return test if self.test else self.rng.choice(train)
 
 
-# ------------------------------------------------------------------------------------- what is said
+# ---- what is said ----
 
 GREETINGS = ("", "", "", "Hi, ", "Hello, ", "Please: ")
 
-# a thought says what is wanted, which tool that takes, and what follows: OPENING + NEED + TOOL + one of USE, NO_TOOL, SEVERAL
+# a thought says what is wanted, which tool that takes, and what follows:
+# OPENING + NEED + TOOL + one of USE, NO_TOOL, SEVERAL
 OPENING = ("", "", "Okay. ", "Let me see. ", "Well. ", "Hm. ", "Fine. ")
-NEED = ("The user wants the {what}", "They ask for the {what}", "This is about the {what}", "I need the {what}", "It asks for the {what}")
+NEED = ("The user wants the {what}", "They ask for the {what}", "This is about the {what}",
+        "I need the {what}", "It asks for the {what}")
 TOOL = (", so {tool}", ", by {tool}", ": {tool}", " and {tool}", ", that is {tool}")
 USE = (" can do this.", " gives it.", " is offered.", " works.")
 NO_TOOL = (", which is missing.", ", not offered.", ", but I lack it.", ", not here.")
 SEVERAL = (". One of {n} calls.", ". In all {n} calls.", ". The first of {n} things.")
-REFUSALS = ("Sorry, I have no tool for that.", "I cannot do that with my tools.", "None of my tools can help with this.")
+REFUSALS = ("Sorry, I have no tool for that.", "I cannot do that with my tools.",
+            "None of my tools can help with this.")
 
 
+# ---- one row of each category ----
 
 def request(draw, name):
     """(call, user text) for one tool."""
     tool = TOOLS[name]
     arguments = tool.arguments(draw)
-    phrasing = draw.rng.choice([tool.test] if draw.test else tool.train)
+    phrasings = [tool.test] if draw.test else tool.train
+    phrasing = draw.rng.choice(phrasings)
     return {"name": name, "arguments": arguments}, phrasing.format(**arguments)
 
 
@@ -120,18 +145,35 @@ def _think(draw, call, then, **words):
 
 
 def _row(draw, category, user, gold, demo, names, state=None):
-    return {"messages": [{"role": "user", "content": draw.rng.choice(GREETINGS) + user}], "tools": [TOOLS[n].schema() for n in names],
-            "gold": gold, "category": category, "state": state or {}, "demo": demo}
+    content = draw.rng.choice(GREETINGS) + user
+    return {
+        "messages": [{"role": "user", "content": content}],
+        "tools": [TOOLS[name].schema() for name in names],
+        "gold": gold,
+        "category": category,
+        "state": state or {},
+        "demo": demo}
+
+
+def _calling(think):
+    """The demo of a turn that calls."""
+    return {"think": think, "response": None}
+
+
+def _answering(think, response):
+    return {"think": think, "response": response}
 
 
 def _state_for(draw, calls):
     """A state in which these calls succeed: contacts exist, bookings to cancel are there."""
     state = {}
     for call in calls:
+        arguments = call["arguments"]
         if call["name"] == "find_contact":
-            state.setdefault("contacts", {})[call["arguments"]["name"]] = _contact(draw, call["arguments"]["name"])
+            name = arguments["name"]
+            state.setdefault("contacts", {})[name] = _contact(draw, name)
         if call["name"] == "cancel_booking":
-            state.setdefault("bookings", {})[call["arguments"]["code"]] = [draw.place(), 2]
+            state.setdefault("bookings", {})[arguments["code"]] = [draw.place(), 2]
     return state
 
 
@@ -141,7 +183,8 @@ def _contact(draw, name):
 
 def _single(draw, names, category="simple"):
     call, user = request(draw, draw.rng.choice(names))
-    return _row(draw, category, user, [[call]], [{"think": _think(draw, call, USE), "response": None}], names, _state_for(draw, [call]))
+    demo = [_calling(_think(draw, call, USE))]
+    return _row(draw, category, user, [[call]], demo, names, _state_for(draw, [call]))
 
 
 def _multiple(draw, names):
@@ -151,88 +194,134 @@ def _multiple(draw, names):
 def _parallel(draw, names):
     first, second = draw.rng.sample(names, 2)
     chosen = draw.rng.choice(([first, second], [first, second], [first, first], [first, second, first]))
-    requests = [request(draw, name) for name in chosen]
-    while any(a[0] == b[0] for i, a in enumerate(requests) for b in requests[:i]):  # the same call twice is no task
-        requests = [request(draw, name) for name in chosen]
-    calls, users = zip(*requests)
-    user = (", and " if draw.test else draw.rng.choice((" and ", ", also ", ", then "))).join(users)
-    think = _think(draw, calls[0], SEVERAL, n=len(calls))
-    return _row(draw, "parallel", user, [list(calls)], [{"think": think, "response": None}], names, _state_for(draw, calls))
+    while True:
+        calls, users = zip(*[request(draw, name) for name in chosen])
+        if all(a != b for a, b in itertools.combinations(calls, 2)):  # the same call twice is no task
+            break
+    user = draw.phrase((" and ", ", also ", ", then "), ", and ").join(users)
+    demo = [_calling(_think(draw, calls[0], SEVERAL, n=len(calls)))]
+    return _row(draw, "parallel", user, [list(calls)], demo, names, _state_for(draw, calls))
 
 
 def _irrelevance(draw, names):
-    call, user = request(draw, draw.rng.choice([n for n in TOOLS if not {n, *TOOLS[n].stand_ins} & set(names)]))
+    missing = [name for name in TOOLS if not {name, *TOOLS[name].stand_ins} & set(names)]
+    call, user = request(draw, draw.rng.choice(missing))
     think = _think(draw, call, NO_TOOL)
-    return _row(draw, "irrelevance", user, [[]], [{"think": think, "response": draw.rng.choice(REFUSALS)}], names)
+    demo = [_answering(think, draw.rng.choice(REFUSALS))]
+    return _row(draw, "irrelevance", user, [[]], demo, names)
+
+
+@dataclass
+class Dialogue:
+    """Two calls, the second of which needs the result of the first, and an answer."""
+    user: str
+    calls: list
+    thoughts: tuple     # one before each call
+    answer: str
+    state: dict = field(default_factory=dict)
 
 
 def _contact_then(draw):
     """Look a person up, then use their city or their address."""
     name = draw.name()
     contact = _contact(draw, name)
-    first = {"name": "find_contact", "arguments": {"name": name}}
+    email, city = contact["email"], contact["city"]
     kind = draw.rng.choice(("get_weather", "local_time", "send_message"))
     if kind == "send_message":
         text = draw.say()
-        second = {"name": kind, "arguments": {"to": contact["email"], "text": text}}
-        user = draw.rng.choice([f"send {name} the text {text}", f"write {text} to {name}"]) if not draw.test else f"send a message to {name}: {text}"
-        last, need = f"I sent it to {contact['email']}.", "the email"
+        arguments = {"to": email, "text": text}
+        user = draw.phrase(
+            (f"send {name} the text {text}",
+             f"write {text} to {name}"),
+            f"send a message to {name}: {text}")
+        need = "the email"
+        answer = f"I sent it to {email}."
     else:
-        second = {"name": kind, "arguments": {"city": contact["city"]}}
+        arguments = {"city": city}
         noun = {"get_weather": "weather", "local_time": "time"}[kind]
-        user = (draw.rng.choice([f"what is the {noun} where {name} lives?", f"tell me the {noun} at the home of {name}", f"what is the {noun} near {name}?",
-                                 f"how is the {noun} at the home of {name}?"])
-                if not draw.test else f"what is the {noun} at the home of {name}?")
-        result = TOOLS[kind].function(contact["city"])
-        now = f"{result['sky']} with {result['celsius']} degrees" if kind == "get_weather" else result
-        last, need = f"It is {now} in {contact['city']}.", "the city"
+        user = draw.phrase(
+            (f"what is the {noun} where {name} lives?",
+             f"tell me the {noun} at the home of {name}",
+             f"what is the {noun} near {name}?",
+             f"how is the {noun} at the home of {name}?"),
+            f"what is the {noun} at the home of {name}?")
+        need = "the city"
+        now = TOOLS[kind].function(city)
+        if kind == "get_weather":
+            now = f"{now['sky']} with {now['celsius']} degrees"
+        answer = f"It is {now} in {city}."
+    calls = [{"name": "find_contact", "arguments": {"name": name}},
+             {"name": kind, "arguments": arguments}]
     thoughts = (f"First I look up {name} to get {need}.", f"Now I have {need}, {kind} can use it.")
-    return user, [first, second], thoughts, last, {"contacts": {name: contact}}
+    return Dialogue(user, calls, thoughts, answer, {"contacts": {name: contact}})
 
 
 def _book_then(draw):
     """Book a table, then cancel it by the code that booking returned."""
-    restaurant, people = draw.place(), draw.rng.randrange(2, 13)
-    code = ToolBox().functions["book_table"](restaurant=restaurant, people=people)["code"]
-    user = (draw.rng.choice([f"book {restaurant} for {people} and cancel it again", f"reserve {restaurant} for {people}, then cancel that booking"])
-            if not draw.test else f"book a table for {people} at {restaurant}, then cancel that booking")
-    calls = [{"name": "book_table", "arguments": {"restaurant": restaurant, "people": people}}, {"name": "cancel_booking", "arguments": {"code": code}}]
-    return user, calls, (f"I book {restaurant} first, which gives a code.", "The code lets me cancel it with cancel_booking."), f"Booking {code} is cancelled.", {}
+    restaurant = draw.place()
+    people = draw.rng.randrange(2, 13)
+    booking = {"restaurant": restaurant, "people": people}
+    code = ToolBox().functions["book_table"](**booking)["code"]
+    user = draw.phrase(
+        (f"book {restaurant} for {people} and cancel it again",
+         f"reserve {restaurant} for {people}, then cancel that booking"),
+        f"book a table for {people} at {restaurant}, then cancel that booking")
+    calls = [{"name": "book_table", "arguments": booking},
+             {"name": "cancel_booking", "arguments": {"code": code}}]
+    thoughts = (f"I book {restaurant} first, which gives a code.",
+                "The code lets me cancel it with cancel_booking.")
+    return Dialogue(user, calls, thoughts, f"Booking {code} is cancelled.")
 
 
 def _date_then(draw):
     """Find a date, then its weekday or a reminder for it."""
-    date, days = draw.date(), draw.number()
+    date = draw.date()
+    days = draw.number()
     later = TOOLS["add_days"].function(date, days)
     first = {"name": "add_days", "arguments": {"date": date, "days": days}}
     if draw.rng.random() < 0.5:
-        user = (draw.rng.choice([f"which weekday is {days} days after {date}?", f"add {days} days to {date} and tell me the weekday",
-                                 f"what weekday is it {days} days from {date}?"])
-                if not draw.test else f"what weekday is {days} days after {date}?")
+        user = draw.phrase(
+            (f"which weekday is {days} days after {date}?",
+             f"add {days} days to {date} and tell me the weekday",
+             f"what weekday is it {days} days from {date}?"),
+            f"what weekday is {days} days after {date}?")
         second = {"name": "get_weekday", "arguments": {"date": later}}
         thoughts = ("First the date, with add_days.", "Now get_weekday for that date.")
-        return user, [first, second], thoughts, f"{later} is a {TOOLS['get_weekday'].function(later)}.", {}
-    thing = draw.thing()
-    user = (draw.rng.choice([f"remind me of the {thing} {days} days after {date}", f"set a reminder, {thing}, {days} days from {date}"])
-            if not draw.test else f"set a reminder about {thing} {days} days after {date}")
-    second = {"name": "add_reminder", "arguments": {"text": thing, "date": later}}
-    return user, [first, second], ("I need the date first, add_days gives it.", f"Now the reminder for {thing}."), f"I will remind you on {later}.", {}
+        answer = f"{later} is a {TOOLS['get_weekday'].function(later)}."
+    else:
+        thing = draw.thing()
+        user = draw.phrase(
+            (f"remind me of the {thing} {days} days after {date}",
+             f"set a reminder, {thing}, {days} days from {date}"),
+            f"set a reminder about {thing} {days} days after {date}")
+        second = {"name": "add_reminder", "arguments": {"text": thing, "date": later}}
+        thoughts = ("I need the date first, add_days gives it.", f"Now the reminder for {thing}.")
+        answer = f"I will remind you on {later}."
+    return Dialogue(user, [first, second], thoughts, answer)
 
 
 def _multi_turn(draw):
-    user, calls, thoughts, last, state = draw.rng.choice((_contact_then, _book_then, _date_then))(draw)
-    names = [c["name"] for c in calls]
-    names += draw.rng.sample([n for n in TOOLS if n not in names], draw.rng.choice((0, 1)))
+    dialogue = draw.rng.choice((_contact_then, _book_then, _date_then))(draw)
+    names = [call["name"] for call in dialogue.calls]
+    others = [name for name in TOOLS if name not in names]
+    names += draw.rng.sample(others, draw.rng.choice((0, 1)))
     draw.rng.shuffle(names)
-    demo = [{"think": t, "response": None} for t in thoughts] + [{"think": "All is done, I can answer.", "response": last}]
-    return _row(draw, "multi_turn", user, [[calls[0]], [calls[1]], []], demo, names, state)
+    gold = [[call] for call in dialogue.calls] + [[]]
+    demo = [_calling(thought) for thought in dialogue.thoughts]
+    demo.append(_answering("All is done, I can answer.", dialogue.answer))
+    return _row(draw, "multi_turn", dialogue.user, gold, demo, names, dialogue.state)
 
 
-SINGLE_TURN = {"simple": (_single, (1, 2)), "multiple": (_multiple, (3, 4)), "parallel": (_parallel, (2,)), "irrelevance": (_irrelevance, (1, 2, 3))}
+SINGLE_TURN = {  # category: (maker, numbers of tools offered)
+    "simple": (_single, (1, 2)),
+    "multiple": (_multiple, (3, 4)),
+    "parallel": (_parallel, (2,)),
+    "irrelevance": (_irrelevance, (1, 2, 3))}
 
 
 def make_rows(n, split="train", seed=0, categories=CATEGORIES, mask_names=False):
-    """n rows, the categories in turn; a function of its arguments alone. mask_names: see masked. Raises ValueError for unknown names."""
+    """n rows, the categories in turn; a function of its arguments alone. mask_names: see masked. Raises
+    ValueError for unknown names."""
     if split not in ("train", "test"):
         raise ValueError(f"split must be train or test, not {split!r}")
     unknown = set(categories) - set(CATEGORIES)
@@ -246,36 +335,44 @@ def make_rows(n, split="train", seed=0, categories=CATEGORIES, mask_names=False)
             row = _multi_turn(Draw(rng, split))
         else:
             make, sizes = SINGLE_TURN[category]
-            row = make(Draw(rng, split), rng.sample(list(TOOLS), rng.choice(sizes)))
+            names = rng.sample(list(TOOLS), rng.choice(sizes))
+            row = make(Draw(rng, split), names)
         rows.append(masked(row, rng) if mask_names else row)
     return rows
 
 
 def masked(row, rng):
-    """The row with tool and parameter names replaced by random strings (Hammer, arXiv 2410.04587): the descriptions must be read.
+    """The row with tool and parameter names replaced by random strings (Hammer, arXiv 2410.04587): the
+    descriptions must be read.
 
     Works on any row; the way back for execution is kept in state["aliases"]."""
     row = json.loads(json.dumps(row))
-
     used = set()
 
     def word():
-        while (text := "".join(rng.choice("abcdefghijkmnpqrstuvwxyz") for _ in range(5))) in used:
-            pass
-        used.add(text)
-        return text
-    names, aliases = {}, {}
+        while True:
+            text = "".join(rng.choice("abcdefghijkmnpqrstuvwxyz") for _ in range(5))
+            if text not in used:
+                used.add(text)
+                return text
+
+    names = {}    # tool name -> (its mask, {parameter: its mask})
+    aliases = {}  # and the way back
     for tool in row["tools"]:
-        f = tool["function"]
-        parameters = {p: word() for p in f["parameters"]["properties"]}
-        names[f["name"]] = (word(), parameters)
-        aliases[names[f["name"]][0]] = [f["name"], {v: k for k, v in parameters.items()}]
-        f["name"] = names[f["name"]][0]
-        f["parameters"] = {**f["parameters"], "properties": {parameters[p]: s for p, s in f["parameters"]["properties"].items()},
-                           "required": [parameters[p] for p in f["parameters"].get("required", [])]}
-    for call in (c for turn in row["gold"] for c in turn):
-        call["name"], parameters = names[call["name"]]
-        call["arguments"] = {parameters[k]: v for k, v in call["arguments"].items()}
+        function = tool["function"]
+        name = function["name"]
+        schema = function["parameters"]
+        masks = {parameter: word() for parameter in schema["properties"]}
+        alias = word()
+        names[name] = (alias, masks)
+        aliases[alias] = [name, {mask: parameter for parameter, mask in masks.items()}]
+        function["name"] = alias
+        schema["properties"] = {masks[key]: part for key, part in schema["properties"].items()}
+        schema["required"] = [masks[key] for key in schema.get("required", [])]
+    for turn in row["gold"]:
+        for call in turn:
+            call["name"], masks = names[call["name"]]
+            call["arguments"] = {masks[key]: value for key, value in call["arguments"].items()}
     for turn in row.get("demo", []):
         for name, (alias, _) in names.items():
             turn["think"] = re.sub(rf"\b{re.escape(name)}\b", alias, turn["think"])
@@ -283,13 +380,15 @@ def masked(row, rng):
     return row
 
 
-# ------------------------------------------------------------------------------------------------------ dialogues as text, and step by step
+# ---- dialogues as text, and step by step ----
 
 def completion_text(calls, think, response=None):
     """An assistant turn in the completion format: thought, then calls and/or response."""
     blocks = [f"<think>{think}</think>"]
     if calls:
-        blocks.append("<tool_call>\n" + "\n".join(json.dumps({"name": c["name"], "arguments": c["arguments"]}, ensure_ascii=False) for c in calls) + "\n</tool_call>")
+        shown = [{"name": call["name"], "arguments": call["arguments"]} for call in calls]
+        lines = [json.dumps(call, ensure_ascii=False) for call in shown]
+        blocks.append("\n".join(["<tool_call>", *lines, "</tool_call>"]))
     if response is not None:
         blocks.append(f"<response>{response}</response>")
     return "\n".join(blocks)
@@ -301,15 +400,20 @@ def toolbox_for(row):
 
 
 def decompose(row):
-    """SWiRL (arXiv 2504.04736): a dialogue of K steps as K single-step rows. Step k sees the whole true history before it, in which the gold
-    calls of the earlier steps were really executed, and is scored on step k alone."""
-    box, history, steps = toolbox_for(row), list(row["messages"]), []
+    """SWiRL (arXiv 2504.04736): a dialogue of K steps as K single-step rows. Step k sees the whole true
+    history before it, in which the gold calls of the earlier steps were really executed, and is scored
+    on step k alone."""
+    box = toolbox_for(row)
+    history = list(row["messages"])
+    steps = []
     for calls, demo in zip(row["gold"], row["demo"]):
         steps.append({**row, "messages": list(history), "gold": [calls], "demo": [demo]})
-        history.append({"role": "assistant", "content": completion_text(calls, demo["think"], demo["response"])})
+        text = completion_text(calls, demo["think"], demo["response"])
+        history.append({"role": "assistant", "content": text})
         for call in calls:
             result = box.functions[call["name"]](**call["arguments"])
-            history.append({"role": "tool", "content": result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)})
+            text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
+            history.append({"role": "tool", "content": text})
     return steps
 
 
@@ -317,11 +421,17 @@ NESTED = ("messages", "tools", "gold", "state", "demo")
 
 
 def to_dataset(rows):
-    """datasets.Dataset; nested columns as JSON strings, since Arrow would merge their structs and fill missing keys with None."""
+    """datasets.Dataset; nested columns as JSON strings, since Arrow would merge their structs and fill
+    missing keys with None."""
     from datasets import Dataset
-    return Dataset.from_list([{k: json.dumps(v, ensure_ascii=False) if k in NESTED else v for k, v in row.items()} for row in rows])
+
+    def cell(key, value):
+        return json.dumps(value, ensure_ascii=False) if key in NESTED else value
+    return Dataset.from_list([{key: cell(key, value) for key, value in row.items()} for row in rows])
 
 
 def from_dataset(dataset):
     """The rows of to_dataset, exactly."""
-    return [{k: json.loads(v) if k in NESTED else v for k, v in row.items()} for row in dataset]
+    def value(key, cell):
+        return json.loads(cell) if key in NESTED else cell
+    return [{key: value(key, cell) for key, cell in row.items()} for row in dataset]

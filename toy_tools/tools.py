@@ -1,4 +1,5 @@
-"""Deterministic executable tools with JSON schemas. State (reminders, bookings, messages) lives in a ToolBox, one per episode."""
+"""Deterministic executable tools with JSON schemas. State (reminders, bookings, messages) lives in a
+ToolBox, one per episode."""
 
 import copy
 import datetime
@@ -10,11 +11,11 @@ from dataclasses import dataclass
 import rest
 from toy_tools.schema import check
 
-
-# ------------------------------------------------------------------------------------------------------------------- calculator
+# ---- calculator ----
 
 def calculate(expression):
-    """Value of an arithmetic expression: + - * / ^, parentheses, decimals; a parser of its own, bounded in length, depth and magnitude.
+    """Value of an arithmetic expression: + - * / ^, parentheses, decimals; a parser of its own, bounded
+    in length, depth and magnitude.
 
     Raises ValueError with a sentence for the model."""
     if len(expression) > 200:
@@ -107,12 +108,25 @@ def number(value):
     return int(value) if value == int(value) else value
 
 
-# ----------------------------------------------------------------------------------------------------------------- plain lookups
+# ---- plain lookups ----
 
-UNITS = {"km": ("length", 1000.0), "m": ("length", 1.0), "cm": ("length", 0.01), "mile": ("length", 1609.344), "foot": ("length", 0.3048),
-         "kg": ("mass", 1.0), "g": ("mass", 0.001), "pound": ("mass", 0.45359237), "ounce": ("mass", 0.028349523),
-         "litre": ("volume", 1.0), "ml": ("volume", 0.001), "gallon": ("volume", 3.785411784), "cup": ("volume", 0.2365882)}
-RATES = {"USD": 1.0, "EUR": 1.08, "GBP": 1.27, "JPY": 0.0067, "CHF": 1.13, "CAD": 0.73, "SEK": 0.095, "INR": 0.012}
+UNITS = {  # name: (what it measures, size)
+    "km": ("length", 1000.0),
+    "m": ("length", 1.0),
+    "cm": ("length", 0.01),
+    "mile": ("length", 1609.344),
+    "foot": ("length", 0.3048),
+    "kg": ("mass", 1.0),
+    "g": ("mass", 0.001),
+    "pound": ("mass", 0.45359237),
+    "ounce": ("mass", 0.028349523),
+    "litre": ("volume", 1.0),
+    "ml": ("volume", 0.001),
+    "gallon": ("volume", 3.785411784),
+    "cup": ("volume", 0.2365882)}
+RATES = {  # value in dollars
+    "USD": 1.0, "EUR": 1.08, "GBP": 1.27, "JPY": 0.0067,
+    "CHF": 1.13, "CAD": 0.73, "SEK": 0.095, "INR": 0.012}
 LANGUAGES = ("French", "German", "Spanish", "Italian", "Dutch", "Polish")
 ENDINGS = dict(zip(LANGUAGES, ("eau", "ung", "ado", "ino", "je", "ski")))
 SKIES = ("sunny", "cloudy", "rain", "snow", "windy", "fog")
@@ -125,7 +139,8 @@ def digest(*parts):
 
 def parse_date(text):
     try:
-        if len(text) != 10 or text[7] != "-":  # from Python 3.11 on fromisoformat reads other ISO forms too
+        # from Python 3.11 on fromisoformat reads other ISO forms too
+        if len(text) != 10 or text[7] != "-":
             raise ValueError
         return datetime.date.fromisoformat(text)
     except ValueError:
@@ -136,9 +151,11 @@ def convert_units(value, source, target):
     for unit in (source, target):
         if unit not in UNITS:
             raise ValueError(f"unknown unit {unit[:40]!r}; known are {', '.join(UNITS)}")
-    if UNITS[source][0] != UNITS[target][0]:
+    kind, size = UNITS[source]
+    target_kind, target_size = UNITS[target]
+    if kind != target_kind:
         raise ValueError(f"cannot convert {source} to {target}")
-    return number(value * UNITS[source][1] / UNITS[target][1])
+    return number(value * size / target_size)
 
 
 def convert_currency(amount, source, target):
@@ -162,7 +179,8 @@ def weekday(date):
 
 
 def weather(city):
-    return {"city": city, "sky": SKIES[digest("sky", city) % len(SKIES)], "celsius": digest("heat", city) % 40 - 5}
+    sky = SKIES[digest("sky", city) % len(SKIES)]
+    return {"city": city, "sky": sky, "celsius": digest("heat", city) % 40 - 5}
 
 
 def local_time(city):
@@ -181,7 +199,7 @@ def play_music(artist):
     return f"playing {artist}"
 
 
-# --------------------------------------------------------------------------------------------------- tools with state, one ToolBox each
+# ---- tools with state, one ToolBox each ----
 
 def find_contact(state, name):
     if name not in state.get("contacts", {}):
@@ -216,7 +234,7 @@ def cancel_booking(state, code):
     return f"booking {code} cancelled"
 
 
-# ---------------------------------------------------------------------------------------------------------------------- the tools
+# ---- the tools ----
 
 @dataclass
 class Tool:
@@ -236,13 +254,17 @@ class Tool:
 
     def schema(self):
         """The schema that chat templates render and the toolbox checks."""
-        required = [name for name in self.parameters if name not in self.optional]
+        parameters = {
+            "type": "object",
+            "properties": copy.deepcopy(self.parameters),
+            "required": [name for name in self.parameters if name not in self.optional]}
         return {"type": "function", "function": {
-            "name": self.name, "description": self.description, "parameters": {
-                "type": "object", "properties": copy.deepcopy(self.parameters), "required": required}}}
+            "name": self.name, "description": self.description, "parameters": parameters}}
 
 
-STRING, NUMBER, INTEGER = {"type": "string"}, {"type": "number"}, {"type": "integer"}
+STRING = {"type": "string"}
+NUMBER = {"type": "number"}
+INTEGER = {"type": "integer"}
 TOOLS = {tool.name: tool for tool in (
     Tool("calculator", "value of an arithmetic expression",
          {"expression": STRING}, calculate,
@@ -343,9 +365,11 @@ TOOLS = {tool.name: tool for tool in (
 
 
 class ToolBox:
-    """The tools of one episode: `.functions` {name: callable(**arguments)} over a private copy of `state`.
+    """The tools of one episode: `.functions` {name: callable(**arguments)} over a private copy of
+    `state`.
 
-    state["aliases"], if there, maps each masked tool name to [real name, {masked parameter: real parameter}]."""
+    state["aliases"], if there, maps each masked tool name to
+    [real name, {masked parameter: real parameter}]."""
 
     def __init__(self, state=None):
         self.state = json.loads(json.dumps(state or {}))
@@ -356,7 +380,8 @@ class ToolBox:
     def _bind(self, tool, parameters):
         masks = {real: mask for mask, real in parameters.items()}
         shown = tool.schema()["function"]["parameters"]  # as the model sees it
-        shown["properties"] = {masks.get(name, name): part for name, part in shown["properties"].items()}
+        properties = shown["properties"].items()
+        shown["properties"] = {masks.get(name, name): part for name, part in properties}
         shown["required"] = [masks.get(name, name) for name in shown["required"]]
 
         def call(**arguments):
@@ -369,6 +394,8 @@ class ToolBox:
                     raise ValueError(f"{name} is longer than 1000 characters")
                 if isinstance(value, (int, float)) and not abs(value) <= 1e15:
                     raise ValueError(f"{name} must be a number below 1e15")
-            arguments = {parameters.get(k, k): v for k, v in arguments.items()}
-            return tool.function(self.state, **arguments) if tool.stateful else tool.function(**arguments)
+            real = {parameters.get(name, name): value for name, value in arguments.items()}
+            if tool.stateful:
+                return tool.function(self.state, **real)
+            return tool.function(**real)
         return call

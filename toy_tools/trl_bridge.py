@@ -42,7 +42,8 @@ def reward(chat, scaling="dynamic"):
 class ResTTrainer(trl.GRPOTrainer):
     """GRPOTrainer of a loaded model and its rest.Chat, by rest.WEIGHTS[method]; its constants are in .cfg."""
     def __init__(self, model, chat, method="rest", **options):
-        self.chat, self.cfg = chat, rest.Config(method=method)
+        self.chat = chat
+        self.cfg = rest.Config(method=method)
         if not trl.__version__.startswith("1.16."):
             logging.getLogger("rest").warning(f"trl {trl.__version__} is untested: pip install 'trl==1.16.*'")
         model.generation_config.eos_token_id = sorted(chat.end_ids)
@@ -69,12 +70,14 @@ class ResTTrainer(trl.GRPOTrainer):
         on, region, logp, entropy, *covers = tokens.unbind(-1)  # (N, longest T) of all processes
         batch = SimpleNamespace(sampled=on > 0, region=region.long() - 1, logp=logp, entropy=entropy,
                                 covers=torch.stack(covers, -1) > 0, advantages=on[:, 0], truncated=on[:, 0])
-        self.cfg.steps, self.cfg.seed = max(1, self.state.max_steps), self.args.seed
+        self.cfg.steps = max(1, self.state.max_steps)
+        self.cfg.seed = self.args.seed
         weight = rest.WEIGHTS[self.cfg.method](batch, self.cfg, self.state.global_step / self.cfg.steps)
         for name, value in rest.batch_metrics(batch, on[:, :1], weight).items():
             if name[:2] in ("H_", "w_"):  # the others are TRL's
                 self._metrics["train" if self.model.training else "eval"][name].append(value)
         if self.loss_type in ("dapo", "bnpo", "cispo", "vespo"):  # over tokens, "token" is over weights
             weight = weight * on.sum() / weight.sum().clamp(min=1e-30)
-        out["advantages"] = out["advantages"][:, None] * weight[self.accelerator.process_index * n:][:n, :T]
+        own = weight[self.accelerator.process_index * n:][:n, :T]
+        out["advantages"] = out["advantages"][:, None] * own
         return out

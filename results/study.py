@@ -1,0 +1,175 @@
+"""The runs behind the tables of results/README.md. A finished run is not run again, a stopped one goes on.
+
+    python results/study.py toy --workers 2      what is missing of a plan, each run with one thread
+    python results/study.py toy --table          its tables in Markdown; and PLAN-seeds.csv, PLAN-training.csv
+"""
+
+import argparse
+import csv
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from toy_tools.show import interval, read_run, spread
+
+METHODS = ("grpo", "rest", "rest-official", "no-thought", "top-entropy", "low-prob", "token-entropy", "shuffled")
+KEPT = ["--keep-steps", "0", "4", "8", "15", "25", "60", "100"]
+TRAINING = ("exact", "format", "correct", "H_format", "H_name", "H_params", "H_thought")
+WINDOW = 5  # steps that a point of a training curve is the mean of
+
+
+# ---- plans: [(arm, seed, options)], in the order in which they are run ----
+
+def toy():
+    """The default run by method; then its ablations."""
+    plan = []
+    for seed in range(8):
+        for method in METHODS:
+            kept = KEPT if (method, seed) == ("rest", 0) else []
+            plan.append((method, seed, ["--method", method, *kept]))
+    for seed in range(5):
+        for method in ("rest-static", "entropy-up", "dr-grpo"):
+            plan.append((method, seed, ["--method", method]))
+        for method in ("grpo", "rest"):
+            options = ["--method", method, "--reward-scaling", "static"]
+            plan.append((f"{method}-static-reward", seed, options))
+    return plan
+
+
+PLANS = {"toy": toy}
+
+
+# ---- running ----
+
+def run(folder, name, options):
+    """One run in a process of its own, unless it has finished."""
+    if (folder / name / "after.json").exists():
+        return
+    resume = ["--resume"] if (folder / name).exists() else []
+    command = [sys.executable, str(HERE.parent / "train_small.py"), "--output-dir", str(folder), "--name", name]
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{name}.log", "a") as log:
+        subprocess.run([*command, *resume, *options], stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    finished = (folder / name / "after.json").exists()
+    print(name, "finished" if finished else f"failed: see {folder / name}.log", flush=True)
+
+
+# ---- tables ----
+
+def read(folder, plan):
+    """[{arm, seed, before, after, lines, curve}] of the finished runs; curve: {metric: a value per step}."""
+    found = []
+    for arm, seed, _ in plan:
+        path = folder / f"{arm}-{seed}"
+        if (path / "after.json").exists():
+            with open(path / "metrics.csv") as file:
+                rows = list(csv.DictReader(file))
+            curve = {name: [float(row[name]) for row in rows] for name in TRAINING}
+            found.append(read_run(path) | {"arm": arm, "seed": seed, "curve": curve})
+    return found
+
+
+def smooth(values):
+    return [statistics.mean(values[max(0, t - WINDOW + 1):t + 1]) for t in range(len(values))]
+
+
+def reached(values, level):
+    """The first step whose mean of WINDOW reaches the level; the number of steps if none does."""
+    return next((t for t, value in enumerate(smooth(values)) if value >= level), len(values))
+
+
+def collapse(one):
+    """Whether a run ends below its start; and where its format and correctness fell below half of their best."""
+    if one["after"] >= one["before"]:
+        return ""
+    places = []
+    for name in ("format", "correct"):
+        values = smooth(one["curve"][name])
+        best = max(values)
+        peak = values.index(best)
+        fallen = next((t for t, value in enumerate(values) if t > peak and value < best / 2), None)
+        if fallen is not None:
+            places.append(f"{name} {best:.2f} (step {peak}) → {values[-1]:.2f}, half at step {fallen}")
+    return f"{one['arm']} seed {one['seed']}: {'; '.join(places) or 'slowly'}"
+
+
+def compare(found, value, baseline="grpo"):
+    """{arm: (mean ± sd over seeds, paired difference to the baseline with its 95% interval)} of value(run)."""
+    arms = {}
+    for one in found:
+        arms.setdefault(one["arm"], {})[one["seed"]] = value(one)
+    base = arms.get(baseline, {})
+    table = {}
+    for arm, of_seed in arms.items():
+        pairs = [x - base[seed] for seed, x in of_seed.items() if seed in base]
+        table[arm] = spread(list(of_seed.values())), "–" if arm == baseline else interval(pairs)
+    return table
+
+
+def category(one, name):
+    return next(line["exact"] for line in one["lines"] if (line["when"], line["category"]) == ("after", name))
+
+
+def tables(found):
+    """Markdown."""
+    counts = {arm: sum(one["arm"] == arm for one in found) for arm in dict.fromkeys(one["arm"] for one in found)}
+    fallen = [text for one in found if (text := collapse(one))]
+    end = compare(found, lambda one: one["after"])
+    area = compare(found, lambda one: statistics.mean(one["curve"]["exact"]))
+    early = compare(found, lambda one: reached(one["curve"]["format"], 0.95))
+    lines = ["| arm | seeds | exact calls at the end | − grpo | mean of training | − grpo | steps to format 0.95 | − grpo | below start |",
+             "|---|---|---|---|---|---|---|---|---|"]
+    for arm, count in counts.items():
+        below = sum(text.startswith(f"{arm} seed") for text in fallen)
+        lines.append(f"| {arm} | {count} | {end[arm][0]} | {end[arm][1]} | {area[arm][0]} | {area[arm][1]} | "
+                     f"{early[arm][0]} | {early[arm][1]} | {below} |")
+    names = list(dict.fromkeys(line["category"] for line in found[0]["lines"]))
+    lines += ["", "| arm | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    by_name = {name: compare(found, lambda one, name=name: category(one, name)) for name in names}
+    for arm in counts:
+        lines.append(f"| {arm} | " + " | ".join(by_name[name][arm][0] for name in names) + " |")
+    return "\n".join([*lines, "", *fallen])
+
+
+def write(found, folder, plan):
+    with open(folder / f"{plan}-seeds.csv", "w", newline="") as file:
+        lines = [{"arm": one["arm"]} | line for one in found for line in one["lines"]]
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for line in lines for name in line)))
+        writer.writeheader()
+        writer.writerows(lines)
+    with open(folder / f"{plan}-training.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["arm", "seed", "step", *TRAINING])
+        for one in found:
+            for step, values in enumerate(zip(*one["curve"].values())):
+                writer.writerow([one["arm"], one["seed"], step, *(round(value, 4) for value in values)])
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plan", choices=PLANS)
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="the plan's runs lie in a folder of its name here")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
+    parser.add_argument("--table", action="store_true", help="run nothing, print the tables")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder of the CSV files")
+    args = parser.parse_args(argv)
+    folder = args.runs.resolve() / args.plan
+    plan = PLANS[args.plan]()
+    if args.table:
+        found = read(folder, plan)
+        write(found, args.out, args.plan)
+        print(tables(found))
+        return
+    with ThreadPoolExecutor(args.workers) as pool:
+        for arm, seed, options in plan:
+            pool.submit(run, folder, f"{arm}-{seed}", ["--seed", str(seed), *options])
+
+
+if __name__ == "__main__":
+    main()
