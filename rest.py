@@ -340,9 +340,9 @@ def no_thought(batch, cfg, progress):
     return normalise_weights(weight[batch.region], batch.sampled)
 
 def rest_official(batch, cfg, progress):
-    """The authors' code: constants and a clock, no entropy; a token's largest region counts. (Their
-    clip to [0.001, 8] never acts.) Departure: theirs gives end-of-turn tokens 0, so that nothing
-    trains stopping, and weights only the first call of a block."""
+    """The authors' code: constants and a clock, no entropy; a token's largest region counts.
+    Departure: theirs gives end-of-turn tokens 0, so that nothing trains stopping, weights only the
+    first call of a block, and has a clip to [0.001, 8] that never acts."""
     clock = 0.6 + 0.002 * round(progress * cfg.steps)
     constants = [1.0, 0.0, 1.2, min(1.2, clock), min(1.0, clock), 0.0]  # in the order of REGIONS
     weight = to_device(constants, batch.covers.device) * batch.covers  # (N, T, 6)
@@ -412,8 +412,7 @@ def _agreement(call, other):
 
 def correctness_score(gold, predicted):
     """ToolRL's rule (arXiv 2504.13958) in [0, 1]: the multisets of names, then each gold call with
-    the best unused call of its name. gold: Calls, at least one; predicted: Calls and CallErrors,
-    one of which gives 0."""
+    the best unused call of its name. gold: Calls, not empty; predicted: Calls; 0 with an error."""
     if any(isinstance(call, CallError) for call in predicted):
         return 0.0
     score = _jaccard([c.name for c in gold], [c.name for c in predicted])
@@ -495,8 +494,7 @@ def loss_scale(mask, weight, aggregation, max_tokens):
 
 def policy_loss(logp, logp_old, advantages, weight, mask, scale, clip):
     """The objective at the top. logp, logp_old, weight float, mask bool [N, T]; advantages, scale
-    float [N] -> scalar, a sum: micro-batches add up, the means are in `scale`. Only logp has a
-    gradient."""
+    float [N] -> a scalar sum: micro-batches add up. Only logp has a gradient."""
     logp_old = logp_old.detach()
     advantages = advantages.detach()[:, None]  # (N, 1)
     ratio = torch.exp(torch.where(mask, logp - logp_old, 0.0))  # (N, T)
@@ -587,15 +585,19 @@ def train_step(engine, chat, optimizer, rows, cfg, step, toolbox_for=None, clock
 def batch_metrics(batch, rewards, weight):
     """Means over the batch, fetched from the device at once; H_ (nats) and w_ by paper region."""
     silent = batch.advantages.view(rewards.shape).eq(0).all(1)
-    values = {"reward": rewards.mean(), "zero_groups": silent.float().mean(),
-              "truncated": batch.truncated.float().mean(),
-              "tokens": batch.sampled.sum() / len(batch.sampled)}
+    values = {
+        "reward": rewards.mean(),
+        "zero_groups": silent.float().mean(),
+        "truncated": batch.truncated.float().mean(),
+        "tokens": batch.sampled.sum() / len(batch.sampled)}
     entropy = region_entropy(batch)
     for name, members in PAPER_REGIONS.items():
         inside = sum(batch.region == r for r in members)
         values["H_" + name] = entropy[members[0]]
-        values["w_" + name] = (weight * inside).sum() / inside.sum().clamp(min=1)
-    return dict(zip(values, torch.stack([x.float() for x in values.values()]).tolist()))
+        count = inside.sum().clamp(min=1)
+        values["w_" + name] = (weight * inside).sum() / count
+    numbers = torch.stack([x.float() for x in values.values()])
+    return dict(zip(values, numbers.tolist()))
 
 def score_batch(batch):
     """(format, correctness or None, exact) of every episode, list of N."""
@@ -606,8 +608,10 @@ def mean_scores(scores):
     """Shares over episodes; correctness over those whose gold has calls, None if none has."""
     forms, corrects, exacts = zip(*scores)
     corrects = [c for c in corrects if c is not None]
-    return {"exact": sum(exacts) / len(exacts), "format": sum(forms) / len(forms),
-            "correct": sum(corrects) / len(corrects) if corrects else None}
+    return {
+        "exact": sum(exacts) / len(exacts),
+        "format": sum(forms) / len(forms),
+        "correct": sum(corrects) / len(corrects) if corrects else None}
 
 def evaluate(engine, chat, rows, cfg, greedy=False, samples=1, seed=0, batch_rows=64,
              toolbox_for=None, on_batch=None):
@@ -744,8 +748,7 @@ def _scan_calls(text, pos, room):
         pos = calls[-1].end
 
 def read_call(text, start):
-    """The Reading of the JSON object at text[start:]; of anything else, up to its line's end or
-    the closing tag."""
+    """The Reading of one JSON object; of anything else, up to its line's end or the closing tag."""
     source = text[start:start + MAX_CHARS] + "\0"  # not JSON: whatever is open ends there
     members = {}
     pos = 0
@@ -996,8 +999,7 @@ class Engine:
         return type(self.cache).__name__ == "DynamicCache" and not states
 
     def micro_batches(self, batch, groups, budget):
-        """The completions of these groups as lists of rows, each of one row or of at most `budget`
-        tokens with padding."""
+        """Lists of these groups' rows, of at most `budget` tokens with padding, or of one row."""
         G = batch.group
         length = batch.length.tolist()
         prompt = [len(ids) for ids in batch.prompts for _ in range(G)]
@@ -1015,13 +1017,13 @@ class Engine:
         return parts
 
     def logps(self, batch, rows, temperature):
-        """logp float32 [n, T], with gradient, of the completions in these rows, T of the longest.
-        Padding stands behind a completion, which never sees it."""
+        """logp float32 [n, T] with gradient of the completions in these rows, T of the longest."""
         T = max(batch.length[rows].tolist())
         prompts = [batch.prompts[i // batch.group] for i in rows]
         prompts, mask = left_pad(prompts, self.device)  # (n, Lp)
         completions = batch.tokens[to_device(rows, self.device), :T]  # (n, T)
         ids = torch.cat([prompts, completions], 1)  # (n, Lp+T)
+        # padding stands behind a completion, which never sees it
         mask = F.pad(mask, (0, T), value=True)  # (n, Lp+T)
         with autocast(self.model):
             logits = self._run(ids, mask, use_cache=False, logits_to_keep=T + 1).logits
