@@ -25,7 +25,7 @@ One sample's life, the order of this file (P prompts, G completions each, N = P*
     -> logp with gradient [N, T]                       Engine.logps
     -> scalar loss -> optimiser step                   policy_loss, update
 
-Behind that stand reading and running calls, `Chat` and `Engine`; toy_tools/ has a hardened Chat and a
+Behind that: reading and running calls, `Chat` and `Engine`; toy_tools/ has a hardened Chat and a
 fast Engine. "Departure" says where paper, authors' code and this file differ.
 """
 
@@ -91,8 +91,9 @@ class Config:
     def __post_init__(self):
         if not self.aggregation:
             self.aggregation = "constant" if self.method == "dr-grpo" else "sequence"
-        names = {"method": WEIGHTS, "aggregation": ("sequence", "token", "constant"),
-                 "reward_scaling": ("dynamic", "static"), "raw_weight": ("one-minus-exp", "inverse")}
+        names = {
+            "method": WEIGHTS, "aggregation": ("sequence", "token", "constant"),
+            "reward_scaling": ("dynamic", "static"), "raw_weight": ("one-minus-exp", "inverse")}
         for option in fields(self):
             name, bound, value = option.name, option.metadata["bound"], getattr(self, option.name)
             if name in names and value not in names[name]:
@@ -155,7 +156,7 @@ class Episode:
         return token
 
     def end_turn(self, chat, cfg, closed):
-        """End the turn, by an end-of-turn token if `closed`, and run its calls: results are forced."""
+        """End the turn, by an end token if `closed`, and run its calls: results are forced."""
         text = chat.decode(self.ids[self.start:len(self.ids) - closed])
         self.turns.append((self.start, len(self.ids)))
         self.texts.append(text)
@@ -171,9 +172,9 @@ class Episode:
 
 @torch.no_grad()
 def rollout(engine, chat, rows, cfg, seed=0, group=None, greedy=False, toolbox_for=None):
-    """Sample `group` (default cfg.group) completions of each row -> Rollout, without regions. Each has
-    its own uniforms: what it samples does not depend on others. If cfg.max_turns > 1, its calls run the
-    `.functions` of its own box, toolbox_for(row). Raises ValueError if a function is missing,
+    """Sample `group` (default cfg.group) completions of each row -> Rollout, without regions. Each
+    has its own uniforms: what it samples does not depend on others. If cfg.max_turns > 1, its calls
+    run the `.functions` of its own box, toolbox_for(row). Raises ValueError if one is missing,
     FloatingPointError if logits are not finite."""
     G = group or cfg.group
     N, T = len(rows) * G, cfg.max_completion_tokens
@@ -223,7 +224,7 @@ def rollout(engine, chat, rows, cfg, seed=0, group=None, greedy=False, toolbox_f
     sampled = padded([e.sampled for e in episodes]).bool()
     logp = torch.where(sampled, logp[:, :T], 0.0)
     entropy = torch.where(sampled, entropy[:, :T], 0.0)
-    if not bool((logp + entropy).isfinite().all()):
+    if not bool(logp.isfinite().all()):
         raise FloatingPointError("the policy's logits are not finite: its weights have diverged")
     length = torch.tensor([len(e.ids) for e in episodes])
     truncated = to_device([not e.ended for e in episodes], device)
@@ -271,7 +272,7 @@ def tag_regions(pieces):
     return regions
 
 def token_regions(batch, chat):
-    """region int64 [N, T], -1 where not sampled; covers bool [N, T, 6], all regions a token touches.
+    """region int64 [N, T], -1 where not sampled; covers bool [N, T, 6], all that a token touches.
     Departure: of the sampled ids; the authors tokenise the decoded text again, which shifts labels
     where tokens are not canonical, and drop each span's last token."""
     region = torch.full(batch.tokens.shape, -1)
@@ -282,15 +283,16 @@ def token_regions(batch, chat):
             regions = tag_regions([chat.text(token) for token in ids[start:end - closed]])
             regions += [[TAG]] * closed
             region[i, start:end] = torch.tensor([found[0] for found in regions])
-            covers[i, start:end] = torch.tensor([[r in found for r in range(6)] for found in regions])
+            covers[i, start:end] = torch.tensor(
+                [[r in found for r in range(6)] for found in regions])
     region, covers = (x.to(batch.sampled.device, non_blocking=True) for x in (region, covers))
     return torch.where(batch.sampled, region, -1), covers & batch.sampled[..., None]
 
 # ---- token weights: the heart of ResT ----
 
 def region_entropy(batch):
-    """H_avg float [6]: mean entropy (nats) of a region's sampled tokens in the batch, 0 without any;
-    one for tag and scaffold, the paper's format."""
+    """H_avg float [6]: mean entropy (nats) of a region's sampled tokens, 0 without any; one for tag
+    and scaffold, the paper's format."""
     inside = batch.region[..., None] == torch.arange(6, device=batch.region.device)  # (N, T, 6)
     inside[..., :NAME] = inside[..., :NAME].any(-1, keepdim=True)  # tag or scaffold
     total = (inside * batch.entropy.detach()[..., None]).sum((0, 1))  # (6,)
@@ -312,8 +314,8 @@ def curriculum(weight, progress, cfg):
     return w
 
 def normalise_weights(weight, mask):
-    """Weights [N, T] -> mean 1 over each row's masked tokens, 0 elsewhere and in rows of zeros. First
-    divided by the maximum: equal weights become exactly 1, GRPO bit for bit."""
+    """Weights [N, T] -> mean 1 over each row's masked tokens, 0 elsewhere and in rows of zeros.
+    First divided by the maximum: equal weights become exactly 1, GRPO bit for bit."""
     weight = torch.where(mask, weight, 0.0)
     weight = weight / weight.amax(1, keepdim=True).clamp(min=1e-30)
     mean = weight.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
@@ -338,9 +340,9 @@ def no_thought(batch, cfg, progress):
     return normalise_weights(weight[batch.region], batch.sampled)
 
 def rest_official(batch, cfg, progress):
-    """The authors' code: constants and a clock, no entropy; a token's largest region counts. (Their
-    clip to [0.001, 8] never acts.) Departure: theirs gives end-of-turn tokens 0, so that nothing
-    trains stopping, and weights only the first call of a block."""
+    """The authors' code: constants and a clock, no entropy; a token's largest region counts.
+    Departure: theirs gives end-of-turn tokens 0, so that nothing trains stopping, weights only the
+    first call of a block, and has a clip to [0.001, 8] that never acts."""
     clock = 0.6 + 0.002 * round(progress * cfg.steps)
     constants = [1.0, 0.0, 1.2, min(1.2, clock), min(1.0, clock), 0.0]  # in the order of REGIONS
     weight = to_device(constants, batch.covers.device) * batch.covers  # (N, T, 6)
@@ -385,9 +387,15 @@ def shuffled(batch, cfg, progress):
 WEIGHTS = {
     "rest": rest_weights,
     "rest-static": lambda batch, cfg, progress: rest_weights(batch, cfg, 0.0),  # no curriculum
-    "rest-official": rest_official, "no-thought": no_thought, "grpo": uniform, "dr-grpo": uniform,
-    "top-entropy": top_entropy, "entropy-up": entropy_up, "low-prob": low_prob,
-    "token-entropy": token_entropy, "shuffled": shuffled}
+    "rest-official": rest_official,
+    "no-thought": no_thought,
+    "grpo": uniform,
+    "dr-grpo": uniform,
+    "top-entropy": top_entropy,
+    "entropy-up": entropy_up,
+    "low-prob": low_prob,
+    "token-entropy": token_entropy,
+    "shuffled": shuffled}
 
 # ---- reward and advantage ----
 
@@ -396,15 +404,15 @@ def _jaccard(a, b):
     return (a & b).total() / (a | b).total() if a or b else 1.0
 
 def _agreement(call, other):
+    # 0 for another name; else the overlap of parameter names, and 1 for each equal value
     if call.name != other.name:
         return 0.0
     a, b = call.arguments, other.arguments
     return _jaccard(a.keys(), b.keys()) + sum(same_value(a[key], b[key]) for key in a if key in b)
 
 def correctness_score(gold, predicted):
-    """ToolRL's rule (arXiv 2504.13958) in [0, 1]: the multisets of names, then each gold call against
-    the best unused call of its name, by parameter names and values. gold: Calls, at least one;
-    predicted: Calls and CallErrors, of which one gives 0."""
+    """ToolRL's rule (arXiv 2504.13958) in [0, 1]: the multisets of names, then each gold call with
+    the best unused call of its name. gold: Calls, not empty; predicted: Calls; 0 with an error."""
     if any(isinstance(call, CallError) for call in predicted):
         return 0.0
     score = _jaccard([c.name for c in gold], [c.name for c in predicted])
@@ -418,8 +426,8 @@ def correctness_score(gold, predicted):
     return score / (1 + sum(1 + len(call.arguments) for call in gold))
 
 def format_score(text, required):
-    """1.0 if just the required blocks stand there, closed, in order, with only space between them, no
-    thought or response empty, no call tag in a response; else 0.0. Adjacent call blocks are one."""
+    """1.0 if just the required blocks stand there, closed, in order, only space between them, none
+    but calls empty, no call tag in a response; else 0.0. Adjacent call blocks are one."""
     kinds = []
     pos = 0
     for block in split_blocks(text):
@@ -434,8 +442,8 @@ def format_score(text, required):
     return float(kinds == list(required) and not text[pos:].strip())
 
 def score_texts(texts, row, refused=0):
-    """An episode's format in [0, 1], correctness in [0, 1] or None without gold calls, and whether all
-    is right and no call was refused. Format is the mean over turns, each of which needs the blocks of
+    """An episode's format in [0, 1], correctness in [0, 1] or None without gold calls, and whether
+    all is right and no call was refused. Format is the mean over turns, each of which needs its
     row["blocks"], or else a thought, then calls where gold has some, or a response."""
     gold = []
     for i, turn in enumerate(row["gold"]):  # a call in another turn is another call
@@ -454,9 +462,9 @@ def score_texts(texts, row, refused=0):
     return form, correct, form == 1.0 and same and not refused
 
 def episode_reward(form, correct, progress, scaling="dynamic"):
-    """Scores -> ToolRL's reward, format from low to high, correctness from -most to most. Departure:
-    the paper scales the whole reward with progress, which advantages cancel; like the authors' code
-    (nu = step/150) we scale part against part."""
+    """Scores -> ToolRL's reward, format from low to high, correctness from -most to most.
+    Departure: the paper scales the whole reward with progress, which advantages cancel; like the
+    authors' code (nu = step/150) we scale part against part."""
     low, high, most = 0.0, 1.0, 3.0
     if scaling == "dynamic":
         nu = 0.7 * progress
@@ -475,8 +483,8 @@ def group_advantages(rewards, scale_by_std=True, delta=1e-4):
 
 def loss_scale(mask, weight, aggregation, max_tokens):
     """Factor float [N] of a completion's weighted token sum in the loss. sequence: 1/(N T_i);
-    constant: 1/(N max_tokens), Dr. GRPO; token: 1/(all weights of the batch). Departure: the authors
-    divide by each micro-batch's own weights, so that its size changes their gradient."""
+    constant: 1/(N max_tokens), Dr. GRPO; token: 1/(all weights of the batch). Departure: the
+    authors divide by each micro-batch's own weights, so that its size changes their gradient."""
     N = len(mask)
     if aggregation == "sequence":
         return 1 / (N * mask.sum(1).clamp(min=1).float())
@@ -486,8 +494,7 @@ def loss_scale(mask, weight, aggregation, max_tokens):
 
 def policy_loss(logp, logp_old, advantages, weight, mask, scale, clip):
     """The objective at the top. logp, logp_old, weight float, mask bool [N, T]; advantages, scale
-    float [N] -> scalar, a sum: micro-batches add up, the means are in `scale`. Only logp has a
-    gradient."""
+    float [N] -> a scalar sum: micro-batches add up. Only logp has a gradient."""
     logp_old = logp_old.detach()
     advantages = advantages.detach()[:, None]  # (N, 1)
     ratio = torch.exp(torch.where(mask, logp - logp_old, 0.0))  # (N, T)
@@ -572,21 +579,25 @@ def train_step(engine, chat, optimizer, rows, cfg, step, toolbox_for=None, clock
     clock("update")
     metrics |= {"step": step, "lr": lr, "tool_errors": batch.tool_errors}
     metrics |= mean_scores(batch.scores) | batch_metrics(batch, rewards, weight)
-    metrics["correct"] = metrics["correct"] or 0.0
+    metrics["correct"] = metrics["correct"] or 0.0  # None: the batch has no gold call
     return metrics, batch, weight
 
 def batch_metrics(batch, rewards, weight):
     """Means over the batch, fetched from the device at once; H_ (nats) and w_ by paper region."""
     silent = batch.advantages.view(rewards.shape).eq(0).all(1)
-    values = {"reward": rewards.mean(), "zero_groups": silent.float().mean(),
-              "truncated": batch.truncated.float().mean(),
-              "tokens": batch.sampled.sum() / len(batch.sampled)}
+    values = {
+        "reward": rewards.mean(),
+        "zero_groups": silent.float().mean(),
+        "truncated": batch.truncated.float().mean(),
+        "tokens": batch.sampled.sum() / len(batch.sampled)}
     entropy = region_entropy(batch)
     for name, members in PAPER_REGIONS.items():
         inside = sum(batch.region == r for r in members)
         values["H_" + name] = entropy[members[0]]
-        values["w_" + name] = (weight * inside).sum() / inside.sum().clamp(min=1)
-    return dict(zip(values, torch.stack([x.float() for x in values.values()]).tolist()))
+        count = inside.sum().clamp(min=1)
+        values["w_" + name] = (weight * inside).sum() / count
+    numbers = torch.stack([x.float() for x in values.values()])
+    return dict(zip(values, numbers.tolist()))
 
 def score_batch(batch):
     """(format, correctness or None, exact) of every episode, list of N."""
@@ -597,8 +608,10 @@ def mean_scores(scores):
     """Shares over episodes; correctness over those whose gold has calls, None if none has."""
     forms, corrects, exacts = zip(*scores)
     corrects = [c for c in corrects if c is not None]
-    return {"exact": sum(exacts) / len(exacts), "format": sum(forms) / len(forms),
-            "correct": sum(corrects) / len(corrects) if corrects else None}
+    return {
+        "exact": sum(exacts) / len(exacts),
+        "format": sum(forms) / len(forms),
+        "correct": sum(corrects) / len(corrects) if corrects else None}
 
 def evaluate(engine, chat, rows, cfg, greedy=False, samples=1, seed=0, batch_rows=64,
              toolbox_for=None, on_batch=None):
@@ -735,8 +748,7 @@ def _scan_calls(text, pos, room):
         pos = calls[-1].end
 
 def read_call(text, start):
-    """The Reading of the JSON object at text[start:]. What is none ends at its line's end or at the
-    closing tag."""
+    """The Reading of one JSON object; of anything else, up to its line's end or the closing tag."""
     source = text[start:start + MAX_CHARS] + "\0"  # not JSON: whatever is open ends there
     members = {}
     pos = 0
@@ -755,7 +767,7 @@ def read_call(text, start):
             if not isinstance(key, str) or key in members or source[pos] != ":":
                 raise ValueError(f"bad or repeated key {str(key)[:40]!r}")
             pos = _skip(source, pos + 1)
-            members[key] = (None, start + pos, None)
+            members[key] = (None, start + pos, None)  # should the value break off
             value, end = JSON_DECODER.raw_decode(source, pos)
             members[key] = (_checked(value), start + pos, start + end)
             pos = _skip(source, end)
@@ -796,7 +808,7 @@ def _checked(value, depth=1):
     return valid_text(value) if isinstance(value, str) else value
 
 def valid_text(text):
-    """The text with U+FFFD for halves of surrogate pairs, which JSON may have and tokenizers refuse."""
+    """The text with U+FFFD for halves of surrogate pairs: JSON may have them, tokenizers refuse."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 def same_value(a, b):
@@ -810,7 +822,7 @@ def same_value(a, b):
 # ---- appendix: tool executor ----
 
 def execute(calls, functions, timeout=2.0, max_chars=1000):
-    """Run a turn's calls in order -> a text per call for the model, calls refused, calls that failed.
+    """Run a turn's calls in order -> a text per call for the model, calls refused, calls failed.
     functions: {name: callable(**arguments)}, which raise InvalidArguments, or ValueError with a
     sentence for the model; anything else is the user's bug, logged once. A call may take `timeout`
     seconds, a turn four times that; then its thread is abandoned."""
@@ -947,7 +959,7 @@ class Engine:
         return self._forward(ids)
 
     def step(self, ids, t):
-        """Feed ids int64 [S] of column t: logits [S, V] of the next one, valid until the next step."""
+        """Feed ids int64 [S] of column t: logits [S, V] of the next, valid until the next step."""
         self.mask = F.pad(self.mask, (0, 1), value=True)
         return self._forward(ids[:, None])
 
@@ -987,8 +999,7 @@ class Engine:
         return type(self.cache).__name__ == "DynamicCache" and not states
 
     def micro_batches(self, batch, groups, budget):
-        """The completions of these groups as lists of rows: one row, or at most `budget` tokens with
-        padding."""
+        """Lists of these groups' rows, of at most `budget` tokens with padding, or of one row."""
         G = batch.group
         length = batch.length.tolist()
         prompt = [len(ids) for ids in batch.prompts for _ in range(G)]
@@ -1006,13 +1017,13 @@ class Engine:
         return parts
 
     def logps(self, batch, rows, temperature):
-        """logp float32 [n, T] of the completions in these rows, T that of the longest, with gradient.
-        Padding stands behind a completion, which never sees it."""
+        """logp float32 [n, T] with gradient of the completions in these rows, T of the longest."""
         T = max(batch.length[rows].tolist())
         prompts = [batch.prompts[i // batch.group] for i in rows]
         prompts, mask = left_pad(prompts, self.device)  # (n, Lp)
         completions = batch.tokens[to_device(rows, self.device), :T]  # (n, T)
         ids = torch.cat([prompts, completions], 1)  # (n, Lp+T)
+        # padding stands behind a completion, which never sees it
         mask = F.pad(mask, (0, T), value=True)  # (n, Lp+T)
         with autocast(self.model):
             logits = self._run(ids, mask, use_cache=False, logits_to_keep=T + 1).logits
@@ -1027,7 +1038,7 @@ def token_logps(logits, targets, temperature):
     return -F.cross_entropy(logits.float() / temperature, targets, reduction="none")
 
 def left_pad(prompts, device):
-    """P id lists -> ids int64 [P, Lp], mask bool [P, Lp]; the last tokens stand in the last column."""
+    """P id lists -> ids int64 [P, Lp], mask bool [P, Lp]; their last tokens in the last column."""
     width = max(map(len, prompts))
     ids = to_device([[0] * (width - len(ids)) + ids for ids in prompts], device)
     count = to_device([len(ids) for ids in prompts], device)
@@ -1035,7 +1046,8 @@ def left_pad(prompts, device):
 
 def to_device(values, device):
     """Lists as a tensor there; from pinned memory, so that a GPU's queue is not waited for."""
-    return torch.tensor(values, pin_memory=torch.device(device).type == "cuda").to(device, non_blocking=True)
+    pinned = torch.device(device).type == "cuda"
+    return torch.tensor(values, pin_memory=pinned).to(device, non_blocking=True)
 
 def autocasts(model):
     """Whether float32 weights compute in bfloat16: on GPUs that have it natively."""

@@ -201,6 +201,21 @@ def test_a_slow_tool_is_abandoned():
     assert time.perf_counter() - start < 2
 
 
+def test_a_slow_tool_is_no_bug_that_the_user_is_told_of(caplog):
+    rest.warn_once.cache_clear()
+    assert "too long" in run("f", lambda: time.sleep(0.3), {}, timeout=0.01)
+    assert not caplog.records
+
+
+def test_a_turn_has_four_times_the_limit_of_a_call():
+    """Twenty calls that all hang cost a turn 0.4 s, not 2 s, and each is told."""
+    start = time.perf_counter()
+    calls = [Call("f", {})] * 20
+    results, refused, failed = rest.execute(calls, {"f": lambda: time.sleep(3)}, timeout=0.1)
+    assert time.perf_counter() - start < 1.5
+    assert all("too long" in text for text in results) and (refused, failed) == (0, 20)
+
+
 def test_every_call_of_a_turn_has_the_whole_limit_to_itself():
     """A call that hangs uses up its own limit: the one behind it still has time to work. What the
     first returns later appears nowhere."""

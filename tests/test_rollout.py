@@ -34,6 +34,20 @@ def test_a_script_comes_back_verbatim_with_its_end_token(tokenizer):
     assert not out.truncated.any() and out.tokens.shape[1] == int(out.length.max())
 
 
+def test_a_finished_row_that_stays_in_the_batch_gets_nothing_more(tokenizer):
+    """One of eight ends at once, too few to leave the batch; what its row goes on to say is not its own."""
+    texts = ["a", *[CALL] * 7]
+    model = scripted(tokenizer, texts)
+    engine = rest.Engine(model)
+    asked = []
+    drop = engine.drop
+    engine.drop = lambda done: asked.append(drop(done)) or asked[-1]
+    out = rest.rollout(engine, rest.Chat(tokenizer), [ROW] * 4, config(max_completion_tokens=130))
+    assert asked and not any(asked)
+    assert out.texts == [[text] for text in texts]
+    assert int(out.length[0]) == 2 and out.turns[0] == [(0, 2)]
+
+
 def test_truncation_is_marked_and_scored_as_it_stands(tokenizer):
     out = roll(scripted(tokenizer, [CALL, "a"]), tokenizer, [ROW], config(max_completion_tokens=5))
     assert out.truncated.tolist() == [True, False]
@@ -84,6 +98,16 @@ def test_a_uniform_of_zero_picks_no_impossible_word():
     assert ids.tolist() == [1] and logp.isfinite().all()
 
 
+def test_the_largest_uniform_picks_no_impossible_word():
+    """The last word of positive probability, not the last word: in float32 the probabilities of a large
+    vocabulary add up to a little less or more than 1."""
+    for V in (1_000, 50_000, 100_000, 200_000):
+        logits = torch.zeros(1, V)
+        logits[0, -1] = -math.inf
+        ids, logp, _ = rest.sample(logits, torch.tensor([1 - 2**-24]), 1.0)
+        assert V - 20 < int(ids) < V - 1 and logp.isfinite().all()
+
+
 def test_live_episodes_execute_calls_and_feed_results_as_forced_tokens(tokenizer):
     """Pitfalls 2 and 3: the tool's tokens are in the episode and not in the mask; what was sampled
     stands there verbatim."""
@@ -101,7 +125,7 @@ def test_live_episodes_execute_calls_and_feed_results_as_forced_tokens(tokenizer
     assert rest.score_texts(out.texts[0], row) == (1.0, 1.0, True)
     region, covers = rest.token_regions(out, rest.Chat(tokenizer))
     assert (region[~out.sampled] == -1).all() and (region[out.sampled] >= 0).all()
-    assert not covers[~out.sampled].any()
+    assert not covers[~out.sampled].any() and covers[out.sampled].any(-1).all()
     assert region[0, b - 1] == rest.TAG == region[0, d - 1]  # end of turn is format
 
 
@@ -240,6 +264,18 @@ def test_without_a_toolbox_calls_are_not_executed(tokenizer):
     assert out.texts[0] == [CALL]
 
 
+def test_a_tool_that_the_row_does_not_offer_is_not_run(tokenizer):
+    """The box has it, and the model guessed its name. A row that lists no tools offers all of the box."""
+    ran = []
+    functions = {"add": lambda a, b: "sum", "neg": lambda a: ran.append(a) or "run"}
+    box = SimpleNamespace(functions=functions)
+    text = completion_text([{"name": "neg", "arguments": {"a": 1}}], "t", None)
+    for row, refused in ((ROW, 1), ({**ROW, "tools": []}, 0)):
+        out = roll(scripted_turns(tokenizer, [[text, "x"]] * 2), tokenizer, [row],
+                   config(max_turns=2, max_completion_tokens=300), toolbox_for=lambda row: box)
+        assert out.refused == [refused] * 2 and bool(ran) != bool(refused)
+
+
 def test_a_forced_thought_opening_is_no_decision_of_the_policy(tokenizer):
     opened = copy.deepcopy(tokenizer)
     opened.chat_template = tokenizer.chat_template.replace(
@@ -249,6 +285,8 @@ def test_a_forced_thought_opening_is_no_decision_of_the_policy(tokenizer):
     out = roll(fake, opened, [ROW], config(max_completion_tokens=90))
     assert out.tokens[0, :2].tolist() == forced and out.sampled[0, :3].tolist() == [False, False, True]
     assert out.texts[0][0].startswith("<think>\n") and rest.score_texts(out.texts[0], ROW)[2]
+    region, covers = rest.token_regions(out, rest.Chat(opened))
+    assert (region[:, :2] == -1).all() and not covers[:, :2].any() and covers[:, 2].any(-1).all()
 
 
 def test_who_leaves_the_batch_does_not_change_what_others_sample(tokenizer):

@@ -189,6 +189,20 @@ def test_a_key_twice_is_malformed_at_any_depth(arguments):
     assert isinstance(bad, MalformedCall) and good.name == "add"
 
 
+@pytest.mark.parametrize("member", [r'"\ud800": 1, "\udfff": 1', r'"\u006eame": "g"'])
+def test_keys_of_the_call_itself_are_compared_as_read(member):
+    call, = rest.parse_calls(turn('{"name": "f", %s, "arguments": {}}' % member))
+    assert isinstance(call, MalformedCall)
+
+
+def test_a_closing_tag_in_a_string_of_a_broken_call_ends_nothing():
+    """What broke the call stands behind the string, and the block ends behind that."""
+    text = '<tool_call>{"name": "</tool_call>", oops}</tool_call><response>x</response>'
+    calls, response = rest.split_blocks(text)
+    assert (calls.end, response.kind) == (text.index("<response>"), "response")
+    assert rest.parse_calls(text)[1:] == []
+
+
 @pytest.mark.parametrize("written, read", [
     (r"\ud800", "\ufffd"),
     (r"\udfff", "\ufffd"),
