@@ -177,7 +177,8 @@ def rollout(engine, chat, rows, cfg, seed=0, group=None, greedy=False, toolbox_f
     run the `.functions` of its own box, toolbox_for(row). Raises ValueError if one is missing,
     FloatingPointError if logits are not finite."""
     G = group or cfg.group
-    N, T = len(rows) * G, cfg.max_completion_tokens
+    N = len(rows) * G
+    T = cfg.max_completion_tokens
     device = engine.device
     uniforms = torch.rand(N, T, generator=torch.Generator().manual_seed(seed))
     uniforms = uniforms.clamp_(max=1 - 1e-6).to(device)
@@ -209,7 +210,8 @@ def rollout(engine, chat, rows, cfg, seed=0, group=None, greedy=False, toolbox_f
             if (kept := engine.drop(ended)) is not None:
                 active = [active[s] for s in kept]
                 kept = to_device(kept, device)
-                at, choice = at[kept], choice[kept]
+                at = at[kept]
+                choice = choice[kept]
             logits = engine.step(choice, t)
 
     for e in episodes:
@@ -285,7 +287,9 @@ def token_regions(batch, chat):
             region[i, start:end] = torch.tensor([found[0] for found in regions])
             covers[i, start:end] = torch.tensor(
                 [[r in found for r in range(6)] for found in regions])
-    region, covers = (x.to(batch.sampled.device, non_blocking=True) for x in (region, covers))
+    device = batch.sampled.device
+    region = region.to(device, non_blocking=True)
+    covers = covers.to(device, non_blocking=True)
     return torch.where(batch.sampled, region, -1), covers & batch.sampled[..., None]
 
 # ---- token weights: the heart of ResT ----
@@ -696,7 +700,8 @@ def split_blocks(text):
     pos = 0
     room = MAX_CALLS
     while match := OPENING_TAG.search(text, pos):
-        kind, inner = match[1], match.end()
+        kind = match[1]
+        inner = match.end()
         calls = []
         if kind == "tool_call" and room >= 0:
             calls, stop = _scan_calls(text, inner, room)
