@@ -4,18 +4,22 @@
 
     rho_it = exp(logp_it - logp_old_it)                 importance ratio
     A_i    = (r_i - group mean) / (group std + delta)   advantage of completion i in its group
-    w_it                                                token weight, mean 1 in each completion
+    w_it                                                token weight, mean 1 over those weighted
+    T_i                                                 sampled tokens of completion i
 
 GRPO without KL, times w (w = 1 is GRPO). Every sampled token lies in a region, whose weight falls
-with its mean policy entropy; over the run a curriculum moves weight from structure to reasoning.
-One completion and its regions (the paper's "format" is tag and scaffold together):
+with the policy's mean entropy there; over the run a curriculum moves weight from format to
+parameters and thought.
+One completion and its regions (the paper's "format" is tag and scaffold together; the sixth, text,
+is what a <response> holds and what stands outside all blocks):
 
     <think>Oslo, so get_weather.</think>                    tag  thought  tag
     <tool_call>                                             tag
     {"name": "get_weather", "arguments": {"city": "Oslo"}}  scaffold name scaffold params scaffold
     </tool_call><|im_end|>                                  tag  tag, the turn's end: trained too
 
-One sample's life, the order of this file (P prompts, G completions each, N = P*G, T tokens, V ids):
+One sample's life, the order of this file but for Chat and Engine (P prompts, G completions each,
+N = P*G, T tokens, V ids). gold: per turn, its calls as {"name", "arguments"}; [[]]: none is right.
 
     row {messages, tools, gold} -> prompt ids          Chat.prompt
     -> tokens, sampled mask, logp_old, entropy [N, T]  rollout
@@ -64,23 +68,23 @@ class Config:
     reward_scaling: str = knob("dynamic", "dynamic: parts move with progress; static: ToolRL's.")
     raw_weight: str = knob("one-minus-exp", "one-minus-exp: 1/(1-exp(-H)); inverse: 1/H.")
     min_entropy: float = knob(0.05, "Lower bound of entropies (nats).", "above 0")
-    alpha_format: float = knob(0.5, "Weight that format loses in the run.", "at least 0")
+    alpha_format: float = knob(0.5, "Weight that format loses over the run.", "at least 0")
     alpha_params: float = knob(0.5, "Weight that parameters gain.", "at least 0")
     alpha_thought: float = knob(0.5, "Weight that thoughts gain.", "at least 0")
     weight_min: float = knob(0.2, "Lower bound of format's weight.", "at least 0")
-    weight_max: float = knob(5.0, "Upper bound of the two others.", "at least 0")
+    weight_max: float = knob(5.0, "Upper bound of params' and thought's.", "at least 0")
     top_entropy_fraction: float = knob(0.2, "Share of tokens that top-entropy trains.", "in (0, 1]")
     steps: int = knob(100, "Steps; progress is step/steps. 0: no training.", "at least 0")
     prompts: int = knob(16, "Prompts per step (P).", "at least 1")
     group: int = knob(8, "Completions per prompt (G).", "at least 2")
     max_completion_tokens: int = knob(160, "Tokens of an episode, with tool results.", "at least 1")
-    max_turns: int = knob(1, "Turns of an episode; calls run between them.", "at least 1")
+    max_turns: int = knob(1, "Turns of an episode; calls run between two.", "at least 1")
     temperature: float = knob(1.0, "Of sampling, logp and entropy.", "above 0")
     clip: float = knob(0.2, "epsilon of the clipped ratio.", "in (0, 1)")
     delta: float = knob(1e-4, "Added to the group's standard deviation.", "at least 0")
     aggregation: str = knob("", "sequence, token or constant; empty: as --method needs.")
     passes: int = knob(1, "Optimiser steps on each rollout batch.", "at least 1")
-    micro_batch_tokens: int = knob(4096, "Tokens per forward: memory, not gradient.", "at least 1")
+    micro_batch_tokens: int = knob(4096, "Tokens per forward; on a GPU try 32768.", "at least 1")
     learning_rate: float = knob(5e-4, "Peak of AdamW's; about 1e-6 for a real --model.", "above 0")
     warmup_steps: int = knob(5, "Linear warm-up, then decay to a tenth.", "at least 0")
     weight_decay: float = knob(0.0, "AdamW weight decay.", "at least 0")
@@ -111,11 +115,11 @@ class Rollout:
     rows: list  # the P rows
     prompts: list  # P lists of prompt ids
     group: int  # G
-    tokens: torch.Tensor  # int64 [N, T], the ids as sampled or forced
-    sampled: torch.Tensor  # bool [N, T], chosen by the policy: neither tool results nor padding
-    logp: torch.Tensor  # float32 [N, T], at the sampling temperature; 0 where not sampled
-    entropy: torch.Tensor  # float32 [N, T], nats; the same
-    length: torch.Tensor  # int64 [N], sampled and forced tokens; on the CPU
+    tokens: torch.Tensor  # int64 [N, T], sampled, or forced by template and tools; 0: padding
+    sampled: torch.Tensor  # bool [N, T], chosen by the policy: neither forced nor padding
+    logp: torch.Tensor  # float32 [N, T], logp_old, at cfg.temperature; 0 where not sampled
+    entropy: torch.Tensor  # float32 [N, T], nats; 0 where not sampled
+    length: torch.Tensor  # int64 [N], sampled and forced tokens; on the CPU, sizes only
     truncated: torch.Tensor  # bool [N], ran out of max_completion_tokens
     turns: list  # per episode: [(start, end)] columns of each assistant turn
     texts: list  # per episode: each turn's text, without its end-of-turn token
@@ -144,7 +148,7 @@ class Episode:
 
     def append(self, choice, chat, cfg):
         """Append the forced id, or the policy's choice, which may end the turn -> the id."""
-        if self.ended:
+        if self.ended:  # it stays in the batch until Engine.drop finds that it pays
             return choice
         forced = bool(self.forced)
         token = self.forced.pop(0) if forced else choice
@@ -219,7 +223,7 @@ def rollout(engine, chat, rows, cfg, seed=0, group=None, greedy=False, toolbox_f
             e.end_turn(chat, cfg, closed=False)
     T = max(len(e.ids) for e in episodes)
 
-    def padded(lists):  # -> int64 [N, T]
+    def padded(lists):  # -> [N, T]
         return to_device([x + [0] * (T - len(x)) for x in lists], device)
 
     tokens = padded([e.ids for e in episodes])
@@ -237,7 +241,8 @@ def rollout(engine, chat, rows, cfg, seed=0, group=None, greedy=False, toolbox_f
 
 def sample(logits, uniforms, temperature, greedy=False):
     """One token per row of softmax(logits [S, V] / temperature), where its cumulative distribution
-    reaches uniforms [S] in [0, 1): ids int64 [S], logp and entropy (nats) float32 [S]."""
+    reaches uniforms [S] in [0, 1), or the likeliest if greedy: ids int64 [S], logp and entropy (nats)
+    float32 [S]."""
     log_p = F.log_softmax(logits.float() / temperature, -1)  # (S, V)
     p = log_p.exp()  # (S, V)
     if greedy:
@@ -335,20 +340,20 @@ def region_weights(batch, cfg, progress):
 def rest_weights(batch, cfg, progress):
     """ResT: by region entropy and curriculum."""
     weight = region_weights(batch, cfg, progress)
-    return normalise_weights(weight[batch.region], batch.sampled)
+    return normalise_weights(weight[batch.region], batch.sampled)  # -1 is masked
 
 def no_thought(batch, cfg, progress):
     """The paper's ablation: thoughts get no gradient."""
     weight = region_weights(batch, cfg, progress)
     weight[THOUGHT] = 0.0
-    return normalise_weights(weight[batch.region], batch.sampled)
+    return normalise_weights(weight[batch.region], batch.sampled)  # -1 is masked
 
 def rest_official(batch, cfg, progress):
     """The authors' code: constants and a clock, no entropy; a token's largest region counts.
     Departure: theirs gives end-of-turn tokens 0, so that nothing trains stopping, weights only the
     first call of a block, and has a clip to [0.001, 8] that never acts."""
-    clock = 0.6 + 0.002 * round(progress * cfg.steps)
-    constants = [1.0, 0.0, 1.2, min(1.2, clock), min(1.0, clock), 0.0]  # in the order of REGIONS
+    ramp = 0.6 + 0.002 * round(progress * cfg.steps)
+    constants = [1.0, 0.0, 1.2, min(1.2, ramp), min(1.0, ramp), 0.0]  # in the order of REGIONS
     weight = to_device(constants, batch.covers.device) * batch.covers  # (N, T, 6)
     weight = weight.amax(-1)  # (N, T)
     return normalise_weights(weight, batch.sampled & (weight > 0))
@@ -358,13 +363,13 @@ def uniform(batch, cfg, progress):
     return normalise_weights(torch.ones_like(batch.entropy), batch.sampled)
 
 def top_entropy(batch, cfg, progress):
-    """The opposite belief, arXiv 2506.01939: only the least certain tokens matter."""
+    """Opposite to ResT, arXiv 2506.01939: only the least certain tokens matter."""
     entropy = batch.entropy[batch.sampled].sort(descending=True).values
     count = max(1, round(cfg.top_entropy_fraction * len(entropy)))
     return normalise_weights((batch.entropy >= entropy[count - 1]).float(), batch.sampled)
 
 def entropy_up(batch, cfg, progress):
-    """The opposite belief, mildly, arXiv 2510.14545: by the standardised entropy."""
+    """Opposite to ResT, mildly, arXiv 2510.14545: by the standardised entropy."""
     entropy = batch.entropy[batch.sampled]
     z = (batch.entropy - entropy.mean()) / entropy.std().clamp(min=1e-6)
     return normalise_weights((1 + 0.2 * z).clamp(min=0), batch.sampled)
@@ -380,7 +385,9 @@ def token_entropy(batch, cfg, progress):
 
 def shuffled(batch, cfg, progress):
     """Control: ResT's weights, permuted among the tokens of each completion."""
-    generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + round(progress * cfg.steps))
+    step = round(progress * cfg.steps)
+    seed = -1 - (cfg.seed * 1_000_003 + step)  # not the numbers that the tokens were sampled with
+    generator = torch.Generator().manual_seed(seed)
     key = torch.rand(batch.sampled.shape, generator=generator).to(batch.sampled.device)
     source = torch.where(batch.sampled, key, 2.0).argsort(1)  # sampled columns, at random
     target = (~batch.sampled).int().argsort(dim=1, stable=True)  # sampled columns, in order
@@ -390,7 +397,7 @@ def shuffled(batch, cfg, progress):
 # name -> f(Rollout with regions, cfg, progress in [0, 1]): float [N, T], 0 where not sampled
 WEIGHTS = {
     "rest": rest_weights,
-    "rest-static": lambda batch, cfg, progress: rest_weights(batch, cfg, 0.0),  # no curriculum
+    "rest-static": lambda batch, cfg, progress: rest_weights(batch, cfg, 0.0),  # curriculum at 0
     "rest-official": rest_official,
     "no-thought": no_thought,
     "grpo": uniform,
@@ -408,7 +415,7 @@ def _jaccard(a, b):
     return (a & b).total() / (a | b).total() if a or b else 1.0
 
 def _agreement(call, other):
-    # 0 for another name; else the overlap of parameter names, and 1 for each equal value
+    # 0 for another name; else the overlap of parameter names in [0, 1], and 1 for each equal value
     if call.name != other.name:
         return 0.0
     a, b = call.arguments, other.arguments
@@ -446,11 +453,11 @@ def format_score(text, required):
     return float(kinds == list(required) and not text[pos:].strip())
 
 def score_texts(texts, row, refused=0):
-    """An episode's format in [0, 1], correctness in [0, 1] or None without gold calls, and whether
-    all is right and no call was refused. Format is the mean over turns, each of which needs its
-    row["blocks"], or else a thought, then calls where gold has some, or a response."""
+    """(format, correctness, exact) of an episode: format in [0, 1], correctness in [0, 1] or None
+    without gold calls, exact if all is right and no call was refused. Format is the mean over turns:
+    row["blocks"][turn], or a thought and then calls if gold has some, else a response."""
     gold = []
-    for i, turn in enumerate(row["gold"]):  # a call in another turn is another call
+    for i, turn in enumerate(row["gold"]):  # (turn, name): the same call in another turn is another
         gold += [Call((i, call["name"]), call["arguments"]) for call in turn]
     calls = []
     for i, text in enumerate(texts):
@@ -472,7 +479,7 @@ def episode_reward(form, correct, progress, scaling="dynamic"):
     low, high, most = 0.0, 1.0, 3.0
     if scaling == "dynamic":
         nu = 0.7 * progress
-        low, high, most = min(-1.0, -2 + 2 * nu), max(1.0, 2 - nu), min(3.0, 2 + nu)
+        low, high, most = min(-1.0, -2 + 2 * nu), 2 - nu, 2 + nu
     return low + (high - low) * form + (0.0 if correct is None else most * (2 * correct - 1))
 
 def group_advantages(rewards, scale_by_std=True, delta=1e-4):
@@ -563,7 +570,7 @@ def learning_rate(cfg, step):
 
 def train_step(engine, chat, optimizer, rows, cfg, step, toolbox_for=None, clock=None):
     """One ResT step on cfg.prompts rows -> metrics, Rollout, weight [N, T]. clock(name) is called
-    after each phase: rollout, reward, update."""
+    after each phase: rollout, reward (regions and weights too), update."""
     clock = clock or (lambda name: None)
     progress = step / cfg.steps
     seed = cfg.seed * 1_000_003 + step
@@ -640,7 +647,7 @@ def evaluate(engine, chat, rows, cfg, greedy=False, samples=1, seed=0, batch_row
 
 # ---- appendix: reading calls from text ----
 
-# bounds: reading takes linear time on any text, and nothing recurses deeply
+# bounds: reading takes linear time on any text, and what it returns is not deep
 MAX_CALLS = 64  # of a turn; those behind them are one error
 MAX_CHARS = 2**14  # of a call
 MAX_DEPTH = 64  # of a value in a call
@@ -703,7 +710,7 @@ def split_blocks(text):
         kind = match[1]
         inner = match.end()
         calls = []
-        if kind == "tool_call" and room >= 0:
+        if kind == "tool_call" and room >= 0:  # below: the surplus was reported
             calls, stop = _scan_calls(text, inner, room)
             room -= len(calls)
         else:
@@ -779,6 +786,7 @@ def read_call(text, start):
         return Reading(_to_call(members), start, start + pos + 1, members)
     except (ValueError, RecursionError) as reason:
         call = MalformedCall(f"not valid JSON: {str(reason)[:100]}")
+        # a brace that lacks is missed on the next line, where a good call may stand: from start on
         stop = min(_find(text, "\n", start), _find(text, "</tool_call>", start + pos))
         return Reading(call, start, stop, members)
 
