@@ -1,0 +1,62 @@
+"""What stands behind results/README.md: the study's plans can be run as they are, and its tables count rightly."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_gradients import labelled
+
+import rest
+from toy_tools.options import read_options
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "results"))
+import curricula
+import study
+
+
+@pytest.mark.parametrize("name", study.PLANS)
+def test_every_run_of_a_plan_has_options_that_exist(name, tmp_path):
+    plan = study.PLANS[name](tmp_path)
+    names = [f"{arm}-{seed}" for arm, seed, _ in plan]
+    assert len(set(names)) == len(names) >= 16
+    for arm, seed, options in plan:
+        run, cfg, _ = read_options(["--seed", str(seed), *options])
+        assert cfg.seed == seed and arm.startswith(cfg.method)
+        assert not run.model or run.model.startswith(str(tmp_path))
+
+
+def run(arm="rest", seed=0, before=0.3, after=0.7, **curve):
+    return {"arm": arm, "seed": seed, "before": before, "after": after, "curve": curve}
+
+
+def test_steps_to_a_level_are_those_of_the_mean_of_five():
+    assert study.reached([0.0] * 5 + [1.0] * 10, 0.95) == 9
+    assert study.reached([1.0], 0.95) == 0 and study.reached([0.5] * 7, 0.95) == 7
+
+
+def test_a_collapse_is_a_run_below_its_start_and_says_what_broke():
+    curve = {"format": [0.9] * 30, "correct": [0.8] * 15 + [0.0] * 15}
+    assert study.collapse(run(after=0.3, **curve)) == ""
+    text = study.collapse(run(after=0.1, seed=3, **curve))
+    assert text == "rest seed 3: correct 0.80 (step 0) → 0.00, half at step 17"
+
+
+def test_differences_are_paired_by_seed():
+    found = [run(arm, seed, after=0.1 * seed + better)
+             for arm, better in (("grpo", 0.0), ("rest", 0.02)) for seed in (1, 2, 3)]
+    table = study.compare(found[:5], lambda one: one["after"])
+    assert table["grpo"] == ("0.200 ± 0.100", "–")
+    assert table["rest"][1] == "+0.020 (+0.020 to +0.020)"
+
+
+@pytest.mark.parametrize("entropy", [0.01, 0.05, 0.5])
+def test_the_curricula_follow_the_entropy_of_format(entropy):
+    region = torch.tensor([[rest.TAG, rest.SCAFFOLD, rest.NAME, rest.PARAMS, rest.THOUGHT]])
+    batch = labelled(region, torch.tensor([[entropy, entropy, 0.3, 0.3, 0.3]]))
+    cfg = rest.Config()
+    weight = rest.WEIGHTS["rest-by-entropy"](batch, cfg, 0.9)  # whatever the clock says
+    assert torch.allclose(weight, rest.rest_weights(batch, cfg, max(0.0, 1 - entropy / curricula.START)))
+    first = rest.WEIGHTS["signal-first"](batch, cfg, 0.9)
+    uniform = rest.uniform(batch, cfg, 0.0)
+    assert torch.equal(first, uniform) == (entropy < curricula.LEARNED)
