@@ -324,7 +324,7 @@ def measure(point, folder, batches, methods, sketch, bar):
         runs.write_json(folder / "settings.json", settings)
     if done.exists():
         bar.update(2 * batches)
-        return torch.load(done, weights_only=True)
+        return torch.load(done, weights_only=True) | {"run": str(point.run)}  # it may have moved
 
     rollouts = [folder / f"rollout-{i}.pt" for i in range(batches)]
     squares = folder / "squares.pt"
