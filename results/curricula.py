@@ -1,4 +1,5 @@
-"""Two more weightings of the study, as a fork would add them: `python results/curricula.py --method rest-by-entropy`.
+"""Two more weightings of the study, as a fork would add them:
+`python results/curricula.py --method rest-by-entropy`.
 
 rest-by-entropy  ResT whose curriculum follows the entropy of format instead of the clock: it stands at its
                  beginning while that is START nats or more, at its end when nothing is left of it

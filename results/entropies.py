@@ -1,4 +1,4 @@
-"""How the regions' entropies move in the supervised warm start and in reinforcement learning: entropies.csv, entropies.png.
+"""How the regions' entropies move in the supervised warm start and in RL: entropies.csv, entropies.png.
 
     python results/entropies.py toy                  the warm start of seed 0 once more, watched
     python results/entropies.py smollm FILE.gguf     16 supervised steps of SmolLM2, as in README.md, watched
@@ -36,7 +36,7 @@ def measure(model, tokenizer, instructions, rows, cfg):
 
 
 def watch(run, every, look):
-    """run() with look(model, step) at every so many supervised steps of the demonstrations, and at the end."""
+    """run() with look(model, step) at every so many steps of the demonstrations, and at the end."""
     supervised = policy.supervised
 
     def watched(model, sequences, steps, rate, micro_batch, what="warm start", progress=True):
@@ -53,7 +53,8 @@ def watch(run, every, look):
 
 
 def toy_rows(count):
-    return [random.Random(i).choice(tasks.decompose(row)) for i, row in enumerate(tasks.make_rows(count, "train"))]
+    dialogues = tasks.make_rows(count, "train")
+    return [random.Random(i).choice(tasks.decompose(row)) for i, row in enumerate(dialogues)]
 
 
 def toy():

@@ -57,7 +57,8 @@ def long_structure(runs):
 
 def later(runs):
     """Two prompts a step, from step 25 of the default run."""
-    return begun_from(runs / "toy" / "rest-0" / "kept" / "step25", ("grpo", "rest"), ["--steps", "60", *SMALL])
+    start = runs / "toy" / "rest-0" / "kept" / "step25"
+    return begun_from(start, ("grpo", "rest"), ["--steps", "60", *SMALL])
 
 
 def begun_from(model, arms, options):
@@ -125,7 +126,7 @@ def collapse(one):
 
 
 def compare(found, value, baseline="grpo"):
-    """{arm: (mean ± sd over seeds, paired difference to the baseline with its 95% interval)} of value(run)."""
+    """{arm: (mean ± sd over seeds, paired difference to the baseline, 95% interval)} of value(run)."""
     arms = {}
     for one in found:
         arms.setdefault(one["arm"], {})[one["seed"]] = value(one)

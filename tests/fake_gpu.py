@@ -24,8 +24,8 @@ ACTIVE = []    # the GPU contexts that are open
 LEAVING = []   # while `.to("cpu")` runs: C++ takes a pretended tensor for a CPU one, and would keep it
 
 # CUDA refuses even a single number in CPU memory here
-NO_SCALARS = {"cat", "stack", "gather", "scatter", "scatter_", "index_select", "mm", "bmm", "addmm", "baddbmm",
-              "index_copy", "index_copy_", "searchsorted", "embedding", "isin"}
+NO_SCALARS = {"cat", "stack", "gather", "scatter", "scatter_", "index_select", "mm", "bmm", "addmm",
+              "baddbmm", "index_copy", "index_copy_", "searchsorted", "embedding", "isin"}
 # the size or the value of the result is needed on the host
 WAITS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique_dim", "_unique2",
          "unique_consecutive", "bincount"}

@@ -1,4 +1,4 @@
-"""What stands behind results/README.md: the study's plans can be run as they are, and its tables count rightly."""
+"""What stands behind results/README.md: the study's plans can be run, and its tables count rightly."""
 
 import sys
 from pathlib import Path
