@@ -8,8 +8,7 @@
     T_i                                                 sampled tokens of completion i
 
 GRPO without KL, times w (w = 1 is GRPO). Every sampled token lies in a region, whose weight falls
-with the policy's mean entropy there; over the run a curriculum moves weight from format to
-parameters and thought.
+with the mean policy entropy there; a curriculum moves weight from format to reasoning.
 One completion and its regions (the paper's "format" is tag and scaffold together; the sixth, text,
 is what a <response> holds and what stands outside all blocks):
 
@@ -124,14 +123,14 @@ class Rollout:
     turns: list  # per episode: [(start, end)] columns of each assistant turn
     texts: list  # per episode: each turn's text, without its end-of-turn token
     refused: list = None  # per episode: calls that the executor refused
-    tool_errors: int = 0  # calls in which a tool failed
+    tool_errors: int = 0  # calls whose tool failed
     region: torch.Tensor = None  # int64 [N, T], -1 where not sampled; see token_regions
     covers: torch.Tensor = None  # bool [N, T, 6]; the same
     scores: list = None  # N (format, correctness or None, exact); see score_texts
     advantages: torch.Tensor = None  # float [N]
 
 class Episode:
-    """A completion while it is sampled; between its turns its tools answer."""
+    """A completion, of one or more turns, while it is sampled; between turns its tools answer."""
 
     def __init__(self, row, functions, opening):
         self.row = row
@@ -139,7 +138,7 @@ class Episode:
         self.forced = list(opening)  # ids that come next, whatever the policy would choose
         self.ids = []
         self.sampled = []  # for each id, whether the policy chose it
-        self.start = 0  # column where this turn begins
+        self.start = 0  # where this turn begins
         self.turns = []
         self.texts = []
         self.refused = 0
@@ -241,7 +240,7 @@ def rollout(engine, chat, rows, cfg, seed=0, group=None, greedy=False, toolbox_f
 
 def sample(logits, uniforms, temperature, greedy=False):
     """One token per row of softmax(logits [S, V] / temperature), where its cumulative distribution
-    reaches uniforms [S] in [0, 1), or the likeliest if greedy: ids int64 [S], logp and entropy (nats)
+    reaches uniforms [S] in [0, 1); the likeliest if greedy -> ids int64 [S], logp, entropy (nats)
     float32 [S]."""
     log_p = F.log_softmax(logits.float() / temperature, -1)  # (S, V)
     p = log_p.exp()  # (S, V)
@@ -258,7 +257,7 @@ def sample(logits, uniforms, temperature, greedy=False):
 
 REGIONS = ("tag", "scaffold", "name", "params", "thought", "text")
 TAG, SCAFFOLD, NAME, PARAMS, THOUGHT, TEXT = range(6)
-PAPER_REGIONS = {  # only the authors' constants tell tag and scaffold apart
+PAPER_REGIONS = {  # rest_official alone tells tag and scaffold apart
     "format": (TAG, SCAFFOLD), "name": (NAME,), "params": (PARAMS,), "thought": (THOUGHT,),
     "text": (TEXT,)}
 
@@ -273,8 +272,7 @@ def tag_regions(pieces):
     pos = 0
     for piece in pieces:
         visible = [label[k] for k, c in enumerate(piece, pos) if not c.isspace()]
-        around = label[min(pos, len(label) - 1)]
-        regions.append(list(dict.fromkeys(visible)) or [around])
+        regions.append(list(dict.fromkeys(visible)) or [label[min(pos, len(label) - 1)]])
         pos += len(piece)
     return regions
 
@@ -290,8 +288,8 @@ def token_regions(batch, chat):
             regions = tag_regions([chat.text(token) for token in ids[start:end - closed]])
             regions += [[TAG]] * closed
             region[i, start:end] = torch.tensor([found[0] for found in regions])
-            covers[i, start:end] = torch.tensor(
-                [[r in found for r in range(6)] for found in regions])
+            touched = [[r in found for r in range(6)] for found in regions]
+            covers[i, start:end] = torch.tensor(touched)
     device = batch.sampled.device
     region = region.to(device, non_blocking=True)
     covers = covers.to(device, non_blocking=True)
@@ -454,8 +452,8 @@ def format_score(text, required):
 
 def score_texts(texts, row, refused=0):
     """(format, correctness, exact) of an episode: format in [0, 1], correctness in [0, 1] or None
-    without gold calls, exact if all is right and no call was refused. Format is the mean over turns:
-    row["blocks"][turn], or a thought and then calls if gold has some, else a response."""
+    without gold calls, exact if all is right and no call was refused. Format is the mean over
+    turns: row["blocks"][turn], or a thought, then calls if gold has some, else a response."""
     gold = []
     for i, turn in enumerate(row["gold"]):  # (turn, name): the same call in another turn is another
         gold += [Call((i, call["name"]), call["arguments"]) for call in turn]
@@ -669,7 +667,7 @@ class Call:
     arguments: dict
 
 class Reading(NamedTuple):
-    """What was read at text[start:end] as one call."""
+    """One call, as read at text[start:end]."""
     call: Call | MalformedCall
     start: int
     end: int
@@ -686,8 +684,8 @@ class Block:
     calls: list  # of Reading
 
 def parse_calls(text):
-    """All calls of a completion in order, a MalformedCall for an unreadable one; never raises. They
-    are copies: a tool may change what it is given.
+    """All calls of a turn in order, a MalformedCall for an unreadable one; never raises. They are
+    copies: a tool may change what it is given.
     >>> parse_calls('<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>')
     [Call(name='f', arguments={'x': 1})]
     """
@@ -698,7 +696,7 @@ def _calls(text):
 
 @lru_cache(maxsize=4096)
 def split_blocks(text):
-    """A completion's blocks in order, read only: one scan for parser, reward and regions. A thought
+    """A turn's blocks in order, read only: one scan for parser, reward and regions. A thought
     ends at the first </think>, calls at the first </tool_call> outside a JSON string.
     >>> [(b.kind, b.closed) for b in split_blocks("<think>use <tool_call>?</think><response>no")]
     [('think', True), ('response', False)]
@@ -746,7 +744,7 @@ def _find(text, what, pos):
     return len(text) if found < 0 else found
 
 def _scan_calls(text, pos, room):
-    # the readings from pos on, and where the closing tag (or the text's end) stands
+    # up to `room` Readings from pos on, and where the closing tag (or the text's end) stands
     calls = []
     while True:
         start = _skip(text, pos)
@@ -761,7 +759,8 @@ def _scan_calls(text, pos, room):
 
 def read_call(text, start):
     """The Reading of one JSON object; of anything else, up to its line's end or the closing tag."""
-    source = text[start:start + MAX_CHARS] + "\0"  # not JSON: whatever is open ends there
+    # pos and end count in source, start + pos in text; \0 is not JSON: whatever is open ends there
+    source = text[start:start + MAX_CHARS] + "\0"
     members = {}
     pos = 0
     try:
@@ -825,7 +824,7 @@ def valid_text(text):
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 def same_value(a, b):
-    """JSON equality: 1 equals 1.0, but True is not 1."""
+    """JSON equality: 1 is 1.0, but True is not 1."""
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same_value(a[key], b[key]) for key in a)
     if isinstance(a, list) and isinstance(b, list):
@@ -862,7 +861,7 @@ def execute(calls, functions, timeout=2.0, max_chars=1000):
 warn_once = lru_cache(logging.getLogger("rest").warning)
 
 def _run(call, functions, outcome):
-    # writes the result as text, or the exception, to outcome[0]
+    # writes the result as text, or the exception, to outcome[0]: it runs in a thread of its own
     try:
         if isinstance(call, CallError):
             raise call
@@ -940,7 +939,8 @@ class Engine:
         if hasattr(model, "get_base_model"):  # an adapter takes what its base does
             model = model.get_base_model()
         self.accepts = set(inspect.signature(model.forward).parameters)
-        self.cache_name = "cache" if "cache" in self.accepts else "past_key_values"  # since 5.24
+        # transformers renamed it in 5.24
+        self.cache_name = "cache" if "cache" in self.accepts else "past_key_values"
 
     @property
     def device(self):
