@@ -19,9 +19,9 @@ import torch
 import rest
 from toy_tools import fast, policy, tasks
 from toy_tools.chat import INSTRUCTIONS, TemplateChat
+from toy_tools.show import smooth
 
 NAMES = list(rest.PAPER_REGIONS)
-WINDOW = 5  # RL steps that a point of the figure is the mean of
 
 
 def measure(model, tokenizer, instructions, rows, cfg):
@@ -106,10 +106,9 @@ def figure():
             for line in steps:
                 by_step.setdefault(int(line["step"]), []).append(float(line[f"H_{region}"]))
             means = [statistics.mean(by_step[step]) for step in sorted(by_step)]
-            smooth = [statistics.mean(means[max(0, t - WINDOW + 1):t + 1]) for t in range(len(means))]
-            axes[row, 1].plot(sorted(by_step), smooth, label=region)
+            axes[row, 1].plot(sorted(by_step), smooth(means), label=region)
         axes[row, 0].set_title(f"{title}: supervised")
-        axes[row, 1].set_title(f"{title}: ResT, mean of {WINDOW} steps")
+        axes[row, 1].set_title(f"{title}: ResT, mean of 5 steps")
     for axis in axes.flat:
         axis.set_xlabel("step")
         axis.set_ylabel("entropy (nats)")

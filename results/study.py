@@ -18,13 +18,12 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from toy_tools.show import interval, read_run, spread
+from toy_tools.show import interval, read_run, smooth, spread
 
 METHODS = (
     "grpo", "rest", "rest-official", "no-thought", "shuffled", "top-entropy", "low-prob", "token-entropy")
 KEPT = ["--keep-steps", "0", "4", "8", "15", "25", "60", "100"]
 TRAINING = ("exact", "format", "correct", "H_format", "H_name", "H_params", "H_thought")
-WINDOW = 5  # steps that a point of a training curve is the mean of
 
 
 # ---- plans: [(arm, seed, options)], in the order in which they are run ----
@@ -101,12 +100,8 @@ def read(folder, plan):
     return found
 
 
-def smooth(values):
-    return [statistics.mean(values[max(0, t - WINDOW + 1):t + 1]) for t in range(len(values))]
-
-
 def reached(values, level):
-    """The first step whose mean of WINDOW reaches the level; the number of steps if none does."""
+    """The first step whose mean of 5 reaches the level; the number of steps if none does."""
     return next((t for t, value in enumerate(smooth(values)) if value >= level), len(values))
 
 

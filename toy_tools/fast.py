@@ -339,8 +339,9 @@ class SharedEngine(rest.Engine):
                    if type(m) is torch.nn.Linear and m.weight.dtype == torch.float32}
         remembers = torch.is_autocast_cache_enabled()
         try:
-            for m, weight in own.items():
+            if own:
                 torch.set_autocast_cache_enabled(False)
+            for m, weight in own.items():
                 half = self.halves.get(m)
                 if half is None or (half.shape, half.device) != (weight.shape, weight.device):
                     half = torch.nn.Parameter(weight.bfloat16(), requires_grad=False)

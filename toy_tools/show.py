@@ -89,6 +89,11 @@ def evaluation(before, after=None):
 
 # ---- the curve ----
 
+def smooth(values, window=5):
+    """Each value's mean with those before it, `window` in all."""
+    return [statistics.mean(values[max(0, i + 1 - window):i + 1]) for i in range(len(values))]
+
+
 def curve(files, out):
     """Picture (PNG, SVG, …) of one or more metrics.csv: exact-call rates, and region entropies and weights
     of the first; each point the mean of the last 5 steps.
@@ -106,14 +111,13 @@ def curve(files, out):
             rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(lines)]
         steps = [row["step"] for row in rows]
 
-        def smooth(key):
-            values = [row[key] for row in rows]
-            return [statistics.mean(values[max(0, i - 4):i + 1]) for i in range(len(values))]
-        rate.plot(steps, smooth("exact"), label=Path(file).parent.name if len(files) > 1 else None)
+        def smoothed(key):
+            return smooth([row[key] for row in rows])
+        rate.plot(steps, smoothed("exact"), label=Path(file).parent.name if len(files) > 1 else None)
         if k == 0:
             for name in rest.PAPER_REGIONS:
-                entropy.plot(steps, smooth(f"H_{name}"), label=name)
-                weight.plot(steps, smooth(f"w_{name}"), label=name)
+                entropy.plot(steps, smoothed(f"H_{name}"), label=name)
+                weight.plot(steps, smoothed(f"w_{name}"), label=name)
     rate.set_title("exact-call rate of training rollouts")
     entropy.set_title("mean entropy by region (nats)")
     weight.set_title("mean token weight by region")
