@@ -142,20 +142,22 @@ def tables(found):
     counts = Counter(one["arm"] for one in found)
     fallen = [text for one in found if (text := collapse(one))]
     end = compare(found, lambda one: one["after"])
+    to_rest = compare(found, lambda one: one["after"], "rest")
     area = compare(found, lambda one: statistics.mean(one["curve"]["exact"]))
     early = compare(found, lambda one: reached(one["curve"]["format"], 0.95))
-    head = ["arm", "seeds", "exact calls at the end", "− grpo", "mean of training", "− grpo",
+    head = ["arm", "seeds", "exact calls at the end", "− grpo", "− rest", "mean of training", "− grpo",
             "steps to format 0.95", "− grpo", "below start"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for arm, count in counts.items():
         below = sum(text.startswith(f"{arm} seed") for text in fallen)
-        cells = [arm, str(count), *end[arm], *area[arm], *early[arm], str(below)]
+        cells = [arm, str(count), *end[arm], to_rest[arm][1], *area[arm], *early[arm], str(below)]
         lines.append(f"| {' | '.join(cells)} |")
     names = list(dict.fromkeys(line["category"] for line in found[0]["lines"]))
-    lines += ["", "| arm | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
-    by_name = {name: compare(found, lambda one, name=name: category(one, name)) for name in names}
-    for arm in counts:
-        lines.append(f"| {arm} | " + " | ".join(by_name[name][arm][0] for name in names) + " |")
+    by_name = [compare(found, lambda one, name=name: category(one, name)) for name in names]
+    for part, title in enumerate(("mean ± sd", "− grpo")):
+        lines += ["", f"| {title} | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+        for arm in counts:
+            lines.append(f"| {arm} | " + " | ".join(table[arm][part] for table in by_name) + " |")
     return "\n".join([*lines, "", *fallen])
 
 

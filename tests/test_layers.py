@@ -9,10 +9,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUND = ["rest"]
-FIRST = ["fast", "chat", "schema", "show", "explain", "report", "picture", "benchmarks", "options", "runs",
+FIRST = ["fast", "chat", "schema", "show", "explain", "report", "benchmarks", "options", "runs",
          "lora"]  # on rest.py alone
 SECOND = ["tools", "tasks", "data", "policy"]  # on the first storey and, in this order, on one another
-TOP = ["train_small", "signal", "trl_bridge"]
+TOP = ["train_small", "signal", "picture", "trl_bridge"]
 OPTIONAL = {"bfcl_eval", "gguf", "accelerate", "peft", "matplotlib", "trl", "datasets", "pyarrow", "mpmath"}
 
 

@@ -45,6 +45,21 @@ def test_tokens_regions_and_weights_are_those_recorded(tmp_path, method, labels)
         assert colour["0.25"] == picture.COLOURS["name"] and colour["0.50"] == picture.COLOURS["thought"]
 
 
-def test_a_run_without_episodes_is_named(tmp_path):
+@pytest.mark.parametrize("recorded", [None, "", '{"step": 0, "gro'])
+def test_a_run_without_episodes_is_named(tmp_path, recorded):
+    if recorded is not None:
+        (tmp_path / "episodes.jsonl").write_text(recorded)
     with pytest.raises(ValueError, match="no episodes.jsonl"):
         picture.picture(tmp_path, tmp_path / "a.svg")
+
+
+def test_a_last_line_cut_by_a_kill_is_left_out(tmp_path):
+    with open(run(tmp_path) / "episodes.jsonl", "a") as file:
+        file.write('{"step": 100, "gro')
+    picture.picture(tmp_path, tmp_path / "a.svg")
+    assert "step 99" in (tmp_path / "a.svg").read_text()
+
+
+def test_weights_that_were_not_recorded_are_named(tmp_path):
+    with pytest.raises(ValueError, match="no weights of 'grpo', but those of rest, shuffled"):
+        picture.picture(run(tmp_path), tmp_path / "a.svg", "grpo")

@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 
 import rest
+from toy_tools.report import read_lines
 
 COLOURS = {
     "format": "#7a7f87",
@@ -26,17 +27,21 @@ MARGIN = 16
 
 
 def picture(folder, out, method=""):
-    """Write the SVG. Raises ValueError if the run has recorded no episodes."""
+    """Write the SVG, with weights of this method (the run's own by default). Raises ValueError if the run has
+    recorded no episodes, or not this method's weights."""
     folder = Path(folder)
-    file = folder / "episodes.jsonl"
-    if not file.exists():
-        raise ValueError(f"{folder} has no episodes.jsonl: only runs of train_small.py record episodes")
+    steps = read_lines(folder / "episodes.jsonl")
+    if not steps:
+        raise ValueError(f"{folder} has no episodes.jsonl, or an empty one: only runs of train_small.py that "
+                         "took a step have recorded episodes")
     method = method or json.loads((folder / "config.json").read_text())["config"]["method"]
-    steps = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     y = MARGIN + 8
     parts = []
     for step in (steps[0], steps[-1]):
         completion = typical(step)
+        if method not in completion["w"]:
+            raise ValueError(f"{folder} recorded no weights of {method!r}, but those of "
+                             f"{', '.join(completion['w'])}")
         parts.append(text(MARGIN, y, f"step {step['step']}", "#57606a", 'font-weight="bold"'))
         y = draw(parts, completion, method, y + 26) + 20
     x = MARGIN

@@ -83,7 +83,7 @@ def _line(value):
 
 def _trim(file, step):
     """Drop what was recorded at `step` or later."""
-    kept = [value for value in _read_lines(file) if value["step"] < step]
+    kept = [value for value in read_lines(file) if value["step"] < step]
     file.write_text("".join(map(_line, kept)), encoding="utf-8")
 
 
@@ -219,7 +219,7 @@ def _parse(text, file):
         raise ValueError(f"{file} is damaged ({error}): take it away, and the page does without it") from None
 
 
-def _read_lines(file):
+def read_lines(file):
     """The JSON lines of a file, without a last one that a kill has cut; none if there is no such file."""
     text = file.read_text(encoding="utf-8") if file.exists() else ""
     return [_parse(line, file) for line in text.splitlines(True) if line.endswith("\n")]
@@ -239,9 +239,9 @@ def _load(folder):
             found[part] = _parse(file.read_text(encoding="utf-8"), file)
     config = found.get("config.json", {})
     settings = {**config.get("run", {}), **config.get("config", {})}
-    metrics = _read_lines(folder / "metrics.jsonl")
+    metrics = read_lines(folder / "metrics.jsonl")
     names = [name for name in (metrics[0] if metrics else ()) if name.startswith(COLUMNS)]
-    episodes = _read_lines(folder / "episodes.jsonl")
+    episodes = read_lines(folder / "episodes.jsonl")
     return {
         "name": folder.resolve().name,
         "method": settings.get("method", ""),

@@ -1,0 +1,97 @@
+"""figure.png, the README's: what the best region weights are beside ResT's, what both are worth, and what came
+of it over eight seeds. `python results/figure.py`, from signal-toy.csv and toy-seeds.csv."""
+
+import csv
+import math
+import statistics
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+from toy_tools.picture import COLOURS
+from toy_tools.show import t95
+
+
+def rows(name):
+    with open(HERE / name) as file:
+        return list(csv.DictReader(file))
+
+
+def signal(method):
+    """The lines of a method in plain coordinates at the batch size that was rolled out, by step."""
+    lines = [line for line in rows("signal-toy.csv") if line["coordinates"] == "plain"]
+    return [line for line in lines if line["prompts"] == "8" and line["method"] == method]
+
+
+def weights(axis):
+    best, rest = signal("w* >= 0"), signal("curriculum")
+    at = range(len(best))
+    shown = {name: colour for name, colour in COLOURS.items() if name != "text"}  # too few tokens to see
+    for k, (name, colour) in enumerate(shown.items()):
+        column = f"w_{name}"
+        here = [x + 0.12 * (k - 1.5) for x in at]
+        low = [float(line[f"{column}_low"]) for line in best]
+        high = [float(line[f"{column}_high"]) for line in best]
+        axis.vlines(here, low, high, colour, linewidth=1)
+        axis.plot(here, [float(line[column]) for line in best], "o", color=colour, label=name)
+        axis.plot(here, [float(line[column]) for line in rest], "_", color=colour, markersize=11)
+    axis.set_xticks(at, [line["step"] for line in best])
+    axis.set_ylim(-0.1, 6)
+    axis.legend(frameon=False, fontsize=8)
+    axis.set_title("weight of a region:\nbest (dots) and ResT's (dashes)")
+    axis.set_xlabel("step")
+
+
+def gains(axis):
+    for k, (method, colour, label) in enumerate((("curriculum", "C3", "ResT's region weights"),
+                                                 ("shuffled", "0.6", "the same, shuffled"))):
+        lines = signal(method)
+        at = [x + 0.15 * (k - 0.5) for x in range(len(lines))]
+        axis.vlines(at, *([float(line[f"gain_{end}"]) for line in lines] for end in ("low", "high")), colour)
+        axis.plot(at, [float(line["gain"]) for line in lines], "o", color=colour, label=label)
+    axis.axhline(1.0, color="0.8", zorder=0)
+    axis.set_xticks(range(len(lines)), [line["step"] for line in lines])
+    axis.set_ylim(0, 3)
+    axis.legend(frameon=False, fontsize=8)
+    axis.set_title("what weights are worth:\nefficiency over uniform weights")
+    axis.set_xlabel("step")
+
+
+def differences(axis):
+    end = {}
+    for line in rows("toy-seeds.csv"):
+        if (line["when"], line["category"]) == ("after", "all"):
+            end.setdefault(line["arm"], {})[line["seed"]] = float(line["exact"])
+    arms = [arm for arm in end if arm != "grpo"]
+    for y, arm in enumerate(arms):
+        pairs = [value - end["grpo"][seed] for seed, value in end[arm].items() if seed in end["grpo"]]
+        mean = statistics.mean(pairs)
+        half = t95(len(pairs) - 1) * statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else 0.0
+        axis.plot(pairs, [y] * len(pairs), ".", color="0.7", markersize=5)
+        axis.hlines(y, mean - half, mean + half, "C3")
+        axis.plot(mean, y, "o", color="C3")
+    axis.axvline(0.0, color="0.8", zorder=0)
+    axis.set_yticks(range(len(arms)), arms, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_title("what came of it: exact calls\nat the end, less GRPO's")
+    axis.set_xlabel("paired difference, seeds and 95%")
+
+
+def main():
+    picture, axes = pyplot.subplots(1, 3, figsize=(11, 3.8), constrained_layout=True, width_ratios=(3, 2.3, 3))
+    for draw, axis in zip((weights, gains, differences), axes):
+        draw(axis)
+        axis.title.set_fontsize(10)
+        axis.spines[["top", "right"]].set_visible(False)
+    picture.savefig(HERE / "figure.png", dpi=130)
+
+
+if __name__ == "__main__":
+    main()
