@@ -1,5 +1,5 @@
-"""figure.png, the README's: what the best region weights are beside ResT's, what both are worth, and what came
-of it over eight seeds. `python results/figure.py`, from signal-toy.csv and toy-seeds.csv."""
+"""figure.png, the README's: the best region weights beside ResT's, what weights are worth, and what came of
+it over eight seeds. `python results/figure.py`, from signal-toy.csv and toy-seeds.csv."""
 
 import csv
 import math
@@ -17,6 +17,8 @@ from matplotlib import pyplot
 
 from toy_tools.picture import COLOURS
 from toy_tools.show import t95
+
+LEFT = -0.14  # of the differences shown; one below it is written
 
 
 def rows(name):
@@ -44,7 +46,7 @@ def weights(axis):
         axis.plot(here, [float(line[column]) for line in rest], "_", color=colour, markersize=11)
     axis.set_xticks(at, [line["step"] for line in best])
     axis.set_ylim(-0.1, 6)
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, loc="upper left")
     axis.set_title("weight of a region:\nbest (dots) and ResT's (dashes)")
     axis.set_xlabel("step")
 
@@ -64,33 +66,41 @@ def gains(axis):
     axis.set_xlabel("step")
 
 
-def differences(axis):
+def outcome(axis):
     end = {}
     for line in rows("toy-seeds.csv"):
         if (line["when"], line["category"]) == ("after", "all"):
             end.setdefault(line["arm"], {})[line["seed"]] = float(line["exact"])
-    arms = [arm for arm in end if arm != "grpo"]
-    for y, arm in enumerate(arms):
-        pairs = [value - end["grpo"][seed] for seed, value in end[arm].items() if seed in end["grpo"]]
+    base = end.pop("grpo")
+    differences = {arm: [value - base[seed] for seed, value in of_seed.items() if seed in base]
+                   for arm, of_seed in end.items()}
+    differences = {arm: pairs for arm, pairs in differences.items() if len(pairs) > 2}
+    for y, (arm, pairs) in enumerate(differences.items()):
         mean = statistics.mean(pairs)
-        half = t95(len(pairs) - 1) * statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else 0.0
+        half = t95(len(pairs) - 1) * statistics.stdev(pairs) / math.sqrt(len(pairs))
+        if mean < LEFT:
+            label = f"← {mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})".replace("-", "−")
+            axis.text(LEFT, y, label, va="center", fontsize=8)
+            continue
         axis.plot(pairs, [y] * len(pairs), ".", color="0.7", markersize=5)
         axis.hlines(y, mean - half, mean + half, "C3")
         axis.plot(mean, y, "o", color="C3")
     axis.axvline(0.0, color="0.8", zorder=0)
-    axis.set_yticks(range(len(arms)), arms, fontsize=8)
+    axis.set_yticks(range(len(differences)), differences, fontsize=8)
+    axis.set_xlim(LEFT, -LEFT / 2)
     axis.invert_yaxis()
     axis.set_title("what came of it: exact calls\nat the end, less GRPO's")
     axis.set_xlabel("paired difference, seeds and 95%")
 
 
-def main():
-    picture, axes = pyplot.subplots(1, 3, figsize=(11, 3.8), constrained_layout=True, width_ratios=(3, 2.3, 3))
-    for draw, axis in zip((weights, gains, differences), axes):
+def main(out=HERE / "figure.png"):
+    layout = {"figsize": (11, 3.8), "constrained_layout": True, "width_ratios": (3, 2.3, 3)}
+    picture, axes = pyplot.subplots(1, 3, **layout)
+    for draw, axis in zip((weights, gains, outcome), axes):
         draw(axis)
         axis.title.set_fontsize(10)
         axis.spines[["top", "right"]].set_visible(False)
-    picture.savefig(HERE / "figure.png", dpi=130)
+    picture.savefig(out, dpi=130)
 
 
 if __name__ == "__main__":

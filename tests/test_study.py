@@ -1,5 +1,6 @@
 """What stands behind results/README.md: the study's plans can be run, and its tables count rightly."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from test_gradients import labelled
 import rest
 from toy_tools.options import read_options
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "results"))
+RESULTS = Path(__file__).parent.parent / "results"
+sys.path.insert(0, str(RESULTS))
 import curricula
 import study
 
@@ -60,3 +62,26 @@ def test_the_curricula_follow_the_entropy_of_format(entropy):
     first = rest.WEIGHTS["signal-first"](batch, cfg, 0.9)
     uniform = rest.uniform(batch, cfg, 0.0)
     assert torch.equal(first, uniform) == (entropy < curricula.LEARNED)
+
+
+def test_the_figure_is_made_of_the_tables_that_are_there(tmp_path):
+    pytest.importorskip("matplotlib")
+    import figure
+    figure.main(tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_bfloat16_on_a_cpu_leaves_the_weights_alone():
+    """In a process of its own: it changes rest for good."""
+    script = """
+import torch, bfloat16, rest
+model = torch.nn.Linear(8, 8)
+with rest.autocast(model):
+    y = model(torch.ones(1, 8))
+y.sum().backward()
+assert y.dtype == torch.bfloat16 and model.weight.grad.dtype == model.weight.dtype == torch.float32
+with rest.autocast(model.double()):
+    assert model(torch.ones(1, 8).double()).dtype == torch.float64
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=RESULTS, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
