@@ -2,7 +2,6 @@
 it over eight seeds. `python results/figure.py`, from signal-toy.csv and toy-seeds.csv."""
 
 import csv
-import math
 import statistics
 import sys
 from pathlib import Path
@@ -15,8 +14,10 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+from study import paired
+
 from toy_tools.picture import COLOURS
-from toy_tools.show import t95
+from toy_tools.show import half_width, interval
 
 LEFT = -0.14  # of the differences shown; one below it is written
 
@@ -67,26 +68,20 @@ def gains(axis):
 
 
 def outcome(axis):
-    end = {}
-    for line in rows("toy-seeds.csv"):
-        if (line["when"], line["category"]) == ("after", "all"):
-            end.setdefault(line["arm"], {})[line["seed"]] = float(line["exact"])
-    base = end.pop("grpo")
-    differences = {arm: [value - base[seed] for seed, value in of_seed.items() if seed in base]
-                   for arm, of_seed in end.items()}
-    differences = {arm: pairs for arm, pairs in differences.items() if len(pairs) > 2}
-    for y, (arm, pairs) in enumerate(differences.items()):
+    found = [line for line in rows("toy-seeds.csv") if (line["when"], line["category"]) == ("after", "all")]
+    arms = {arm: pairs for arm, (_, pairs) in paired(found, lambda line: float(line["exact"])).items()
+            if arm != "grpo" and len(pairs) > 2}
+    for y, pairs in enumerate(arms.values()):
         mean = statistics.mean(pairs)
-        half = t95(len(pairs) - 1) * statistics.stdev(pairs) / math.sqrt(len(pairs))
+        half = half_width(pairs)
         if mean < LEFT:
-            label = f"← {mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})".replace("-", "−")
-            axis.text(LEFT, y, label, va="center", fontsize=8)
+            axis.text(LEFT, y, f"← {interval(pairs)}".replace("-", "−"), va="center", fontsize=8)
             continue
         axis.plot(pairs, [y] * len(pairs), ".", color="0.7", markersize=5)
         axis.hlines(y, mean - half, mean + half, "C3")
         axis.plot(mean, y, "o", color="C3")
     axis.axvline(0.0, color="0.8", zorder=0)
-    axis.set_yticks(range(len(differences)), differences, fontsize=8)
+    axis.set_yticks(range(len(arms)), arms, fontsize=8)
     axis.set_xlim(LEFT, -LEFT / 2)
     axis.invert_yaxis()
     axis.set_title("what came of it: exact calls\nat the end, less GRPO's")

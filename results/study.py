@@ -120,17 +120,20 @@ def collapse(one):
     return f"{one['arm']} seed {one['seed']}: {'; '.join(places) or 'slowly'}"
 
 
-def compare(found, value, baseline="grpo"):
-    """{arm: (mean ± sd over seeds, paired difference to the baseline, 95% interval)} of value(run)."""
+def paired(found, value, baseline="grpo"):
+    """{arm: (a value per seed, their differences to the baseline's of the same seed)} of value(run)."""
     arms = {}
     for one in found:
         arms.setdefault(one["arm"], {})[one["seed"]] = value(one)
     base = arms.get(baseline, {})
-    table = {}
-    for arm, of_seed in arms.items():
-        pairs = [x - base[seed] for seed, x in of_seed.items() if seed in base]
-        table[arm] = spread(list(of_seed.values())), "–" if arm == baseline else interval(pairs)
-    return table
+    return {arm: (list(of_seed.values()), [x - base[seed] for seed, x in of_seed.items() if seed in base])
+            for arm, of_seed in arms.items()}
+
+
+def compare(found, value, baseline="grpo"):
+    """{arm: (mean ± sd over seeds, paired difference to the baseline, 95% interval)} of value(run)."""
+    return {arm: (spread(values), "–" if arm == baseline else interval(differences))
+            for arm, (values, differences) in paired(found, value, baseline).items()}
 
 
 def category(one, name):

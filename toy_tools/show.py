@@ -254,13 +254,18 @@ def spread(values):
     return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
 
 
+def half_width(differences):
+    """Of the 95% interval of their mean, by Student's t; for two or more."""
+    n = len(differences)
+    return t95(n - 1) * statistics.stdev(differences) / math.sqrt(n)
+
+
 def interval(differences):
     """Mean of paired differences and its 95% interval; – of fewer than two."""
-    n = len(differences)
-    if n < 2:
+    if len(differences) < 2:
         return "–"
     mean = statistics.mean(differences)
-    half = t95(n - 1) * statistics.stdev(differences) / math.sqrt(n)
+    half = half_width(differences)
     return f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f})"
 
 
