@@ -192,6 +192,8 @@ def main(argv=None):
     plan = PLANS[args.plan](folder.parent)
     if args.table:
         found = read(folder, plan)
+        if not found:
+            sys.exit(f"study.py: error: no finished run of this plan in {folder}: name the folder with --runs")
         write(found, args.out, args.plan)
         print(tables(found))
         return

@@ -52,6 +52,12 @@ def test_differences_are_paired_by_seed():
     assert table["rest"][1] == "+0.020 (+0.020 to +0.020)"
 
 
+def test_without_a_finished_run_no_table_is_overwritten(tmp_path):
+    with pytest.raises(SystemExit, match="no finished run"):
+        study.main(["toy", "--runs", str(tmp_path), "--table", "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_tables_compare_with_grpo_and_with_rest_and_by_category():
     flat = {"exact": [0.5] * 9, "format": [1.0] * 9, "correct": [0.8] * 9}
     found = []
