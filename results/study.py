@@ -1,7 +1,8 @@
 """The runs behind the tables of results/README.md. A finished run is not run again, a stopped one goes on.
 
     python results/study.py toy --workers 2      what is missing of a plan, each run with one thread
-    python results/study.py long-structure       another plan, of results/prediction.md; the third is `later`
+    python results/study.py long-structure       another plan, of results/prediction.md; so is `later`
+    python results/study.py real                 SmolLM2-135M in bfloat16
     python results/study.py toy --table          its tables in Markdown; and PLAN-seeds.csv, PLAN-training.csv
 """
 
@@ -65,7 +66,17 @@ def begun_from(model, arms, options):
             for seed in range(8) for arm in arms]
 
 
-PLANS = {"toy": toy, "long-structure": long_structure, "later": later}
+def real(runs):
+    """SmolLM2-135M from a start made by `python train_small.py --model SmolLM2-135M-Instruct.gguf --steps 0
+    --warm-start-steps 16 --noise 0.05 --eval-rows 0 --max-completion-tokens 112 --output-dir RUNS/real
+    --name start`."""
+    options = ["--model", str(runs / "real" / "start"), "--steps", "30", "--warmup-steps", "3"]
+    options += ["--learning-rate", "2e-5", "--prompts", "4", "--group", "8", "--max-completion-tokens", "112"]
+    options += ["--eval-rows", "60", "--eval-samples", "1", "--eval-batch", "30", "--save-steps", "10"]
+    return [(arm, seed, ["--method", arm, *options]) for seed in range(4) for arm in ("grpo", "rest")]
+
+
+PLANS = {"toy": toy, "long-structure": long_structure, "later": later, "real": real}
 
 
 # ---- running ----
@@ -75,7 +86,8 @@ def run(folder, name, options):
     if (folder / name / "after.json").exists():
         return
     resume = ["--resume"] if (folder / name).exists() else []
-    command = [sys.executable, str(HERE / "curricula.py"), "--output-dir", str(folder)]
+    script = "bfloat16.py" if folder.name == "real" else "curricula.py"
+    command = [sys.executable, str(HERE / script), "--output-dir", str(folder)]
     command += ["--name", name, *resume, *options]
     folder.mkdir(parents=True, exist_ok=True)
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
