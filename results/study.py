@@ -70,9 +70,9 @@ def real(runs):
     """SmolLM2-135M from a start made by `python train_small.py --model SmolLM2-135M-Instruct.gguf --steps 0
     --warm-start-steps 16 --noise 0.05 --eval-rows 0 --max-completion-tokens 112 --output-dir RUNS/real
     --name start`."""
-    options = ["--model", str(runs / "real" / "start"), "--steps", "30", "--warmup-steps", "3"]
+    options = ["--model", str(runs / "real" / "start"), "--steps", "24", "--warmup-steps", "3"]
     options += ["--learning-rate", "2e-5", "--prompts", "4", "--group", "8", "--max-completion-tokens", "112"]
-    options += ["--eval-rows", "60", "--eval-samples", "1", "--eval-batch", "30", "--save-steps", "10"]
+    options += ["--eval-rows", "60", "--eval-samples", "1", "--eval-batch", "30", "--save-steps", "8"]
     return [(arm, seed, ["--method", arm, *options]) for seed in range(4) for arm in ("grpo", "rest")]
 
 
