@@ -2,7 +2,7 @@
 
     python results/entropies.py toy                  the warm start of seed 0 once more, watched
     python results/entropies.py smollm FILE.gguf     16 supervised steps of SmolLM2, as in README.md, watched
-    python results/entropies.py figure               beside the RL steps in default.csv and real-training.csv
+    python results/entropies.py figure               beside ResT's in toy-training.csv and real-training.csv
 """
 
 import csv
@@ -17,6 +17,7 @@ sys.path.insert(0, str(HERE.parent))
 import torch
 
 import rest
+import study
 from toy_tools import fast, policy, tasks
 from toy_tools.chat import INSTRUCTIONS, TemplateChat
 from toy_tools.show import smooth
@@ -92,23 +93,20 @@ def figure():
     with open(HERE / "entropies.csv") as file:
         supervised = list(csv.DictReader(file))
     picture, axes = plt.subplots(2, 2, figsize=(9, 5.5), constrained_layout=True)
-    for row, (name, title, runs) in enumerate((("toy", "1.2M policy", "default.csv"),
-                                              ("smollm", "SmolLM2-135M", "real-training.csv"))):
+    for row, (name, title, plan) in enumerate((("toy", "1.2M policy", "toy"),
+                                              ("smollm", "SmolLM2-135M", "real"))):
         points = [point for point in supervised if point["policy"] == name]
-        with open(HERE / runs) as file:
-            steps = [line for line in csv.DictReader(file) if line.get("method", "rest") == "rest"]
+        curves = [one["curve"] for one in study.read(HERE / plan) if one["arm"] == "rest"]
         for region in NAMES:
             seen = [(int(point["step"]), float(point[region])) for point in points if point[region]]
             axes[row, 0].plot(*zip(*seen or [((), ())]), label=region)
-            if f"H_{region}" not in steps[0]:
-                continue
-            by_step = {}
-            for line in steps:
-                by_step.setdefault(int(line["step"]), []).append(float(line[f"H_{region}"]))
-            means = [statistics.mean(by_step[step]) for step in sorted(by_step)]
-            axes[row, 1].plot(sorted(by_step), smooth(means), label=region)
+            if f"H_{region}" in curves[0]:
+                of_step = list(zip(*(smooth(curve[f"H_{region}"]) for curve in curves)))
+                axes[row, 1].plot([statistics.mean(values) for values in of_step])
+                band = [[end(values) for values in of_step] for end in (min, max)]
+                axes[row, 1].fill_between(range(len(of_step)), *band, alpha=0.2, linewidth=0)
         axes[row, 0].set_title(f"{title}: supervised")
-        axes[row, 1].set_title(f"{title}: ResT, mean of 5 steps")
+        axes[row, 1].set_title(f"{title}: ResT, mean of 5 steps; mean and range of {len(curves)} seeds")
     for axis in axes.flat:
         axis.set_xlabel("step")
         axis.set_ylabel("entropy (nats)")

@@ -3,7 +3,8 @@
     python results/study.py toy --workers 2      what is missing of a plan, each run with one thread
     python results/study.py long-structure       another plan, of results/prediction.md; so is `later`
     python results/study.py real                 SmolLM2-135M in bfloat16
-    python results/study.py toy --table          its tables in Markdown; and PLAN-seeds.csv, PLAN-training.csv
+    python results/study.py toy --collect        toy-seeds.csv and toy-training.csv, of its finished runs
+    python results/study.py toy --table          the tables of these in Markdown, as in README.md
 """
 
 import argparse
@@ -70,7 +71,7 @@ def real(runs):
     """SmolLM2-135M from a start made by `python train_small.py --model SmolLM2-135M-Instruct.gguf --steps 0
     --warm-start-steps 16 --noise 0.05 --eval-rows 0 --max-completion-tokens 112 --output-dir RUNS/real
     --name start`."""
-    options = ["--model", str(runs / "real" / "start"), "--steps", "24", "--warmup-steps", "3"]
+    options = ["--model", str(runs / "real" / "start"), "--steps", "20", "--warmup-steps", "3"]
     options += ["--learning-rate", "2e-5", "--prompts", "4", "--group", "8", "--max-completion-tokens", "112"]
     options += ["--eval-rows", "60", "--eval-samples", "1", "--eval-batch", "30", "--save-steps", "8"]
     return [(arm, seed, ["--method", arm, *options]) for seed in range(4) for arm in ("grpo", "rest")]
@@ -99,22 +100,50 @@ def run(folder, name, options):
 
 # ---- tables ----
 
-def read(folder, plan):
-    """[{arm, seed, before, after, lines, curve}] of the finished runs; curve: {metric: a value per step}."""
-    found = []
+def collect(folder, plan, out):
+    """Finished runs -> OUT-seeds.csv, a line per run, moment and category; OUT-training.csv, one per step.
+    Raises ValueError without any."""
+    seeds, training = [], []
     for arm, seed, _ in plan:
         path = folder / f"{arm}-{seed}"
         if (path / "after.json").exists():
+            seeds += [{"arm": arm} | line for line in read_run(path)["lines"]]
             with open(path / "metrics.csv") as file:
-                rows = list(csv.DictReader(file))
-            curve = {name: [float(row[name]) for row in rows] for name in TRAINING}
-            found.append(read_run(path) | {"arm": arm, "seed": seed, "curve": curve})
-    return found
+                for step, line in enumerate(csv.DictReader(file)):
+                    values = {name: round(float(line[name]), 4) for name in TRAINING}
+                    training.append({"arm": arm, "seed": seed, "step": step} | values)
+    if not seeds:
+        raise ValueError(f"no finished run of this plan in {folder}: name the folder with --runs")
+    for lines, name in ((seeds, "seeds"), (training, "training")):
+        with open(f"{out}-{name}.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(key for line in lines for key in line)))
+            writer.writeheader()
+            writer.writerows(lines)
+
+
+def read(out):
+    """Those CSVs -> [{arm, seed, before, after: exact-call rates, lines, curve}]; curve: {metric: a value
+    per step}. Raises OSError."""
+    found = {}
+    with open(f"{out}-seeds.csv") as file:
+        for line in csv.DictReader(file):
+            one = found.setdefault((line["arm"], line["seed"]), {"lines": [], "curve": {}})
+            one |= {"arm": line["arm"], "seed": int(line["seed"])}
+            one["lines"].append(line)
+            if line["category"] == "all":
+                one[line["when"]] = float(line["exact"])
+    with open(f"{out}-training.csv") as file:
+        for line in csv.DictReader(file):
+            curve = found[line["arm"], line["seed"]]["curve"]
+            for name in TRAINING:
+                curve.setdefault(name, []).append(float(line[name]))
+    return list(found.values())
 
 
 def reached(values, level):
-    """The first step whose mean of 5 reaches the level; the number of steps if none does."""
-    return next((t for t, value in enumerate(smooth(values)) if value >= level), len(values))
+    """The first step whose mean of 5 reaches the level; the number of steps if none does. The CSVs are
+    rounded, and a mean of 5 steps may be 0.95 exactly."""
+    return next((t for t, value in enumerate(smooth(values)) if value > level - 1e-4), len(values))
 
 
 def collapse(one):
@@ -142,53 +171,53 @@ def paired(found, value, baseline="grpo"):
             for arm, of_seed in arms.items()}
 
 
-def compare(found, value, baseline="grpo"):
+def compare(found, value, baseline="grpo", digits=3):
     """{arm: (mean ± sd over seeds, paired difference to the baseline, 95% interval)} of value(run)."""
-    return {arm: (spread(values), "–" if arm == baseline else interval(differences))
-            for arm, (values, differences) in paired(found, value, baseline).items()}
+    table = {}
+    for arm, (values, differences) in paired(found, value, baseline).items():
+        difference = "–" if arm == baseline else interval(differences, digits).replace("-", "−")
+        table[arm] = spread(values, digits), difference
+    return table
 
 
-def category(one, name):
-    return next(line["exact"] for line in one["lines"] if (line["when"], line["category"]) == ("after", name))
+def table(title, columns):
+    """Markdown of {heading: {arm: cell}}."""
+    lines = [f"| {title} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for arm in next(iter(columns.values())):
+        lines.append(f"| {arm} | {' | '.join(str(cells[arm]) for cells in columns.values())} |")
+    return "\n".join(lines)
 
 
 def tables(found):
-    """Markdown."""
-    counts = Counter(one["arm"] for one in found)
+    """Markdown: at the end, in training, by category (differences); a sentence on each collapse."""
+    def mean(name):
+        return lambda one: statistics.mean(one["curve"][name])
+
+    def at_end(name):
+        def exact(one):
+            lines = [line for line in one["lines"] if (line["when"], line["category"]) == ("after", name)]
+            return float(lines[0]["exact"])
+        return exact
+
+    def part(value, k, baseline="grpo", digits=3):
+        return {arm: cells[k] for arm, cells in compare(found, value, baseline, digits).items()}
+
     fallen = [text for one in found if (text := collapse(one))]
-    end = compare(found, lambda one: one["after"])
-    to_rest = compare(found, lambda one: one["after"], "rest")
-    area = compare(found, lambda one: statistics.mean(one["curve"]["exact"]))
-    early = compare(found, lambda one: reached(one["curve"]["format"], 0.95))
-    head = ["arm", "seeds", "exact calls at the end", "− grpo", "− rest", "mean of training", "− grpo",
-            "steps to format 0.95", "− grpo", "below start"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for arm, count in counts.items():
-        below = sum(text.startswith(f"{arm} seed") for text in fallen)
-        cells = [arm, str(count), *end[arm], to_rest[arm][1], *area[arm], *early[arm], str(below)]
-        lines.append(f"| {' | '.join(cells)} |")
-    names = list(dict.fromkeys(line["category"] for line in found[0]["lines"]))
-    by_name = [compare(found, lambda one, name=name: category(one, name)) for name in names]
-    for part, title in enumerate(("mean ± sd", "− grpo")):
-        lines += ["", f"| {title} | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
-        for arm in counts:
-            lines.append(f"| {arm} | " + " | ".join(table[arm][part] for table in by_name) + " |")
-    return "\n".join([*lines, "", *fallen])
-
-
-def write(found, folder, plan):
-    with open(folder / f"{plan}-seeds.csv", "w", newline="") as file:
-        lines = [{"arm": one["arm"]} | line for one in found for line in one["lines"]]
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for line in lines for name in line)))
-        writer.writeheader()
-        writer.writerows(lines)
-    with open(folder / f"{plan}-training.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["arm", "seed", "step", *TRAINING])
-        for one in found:
-            for step, values in enumerate(zip(*one["curve"].values())):
-                values = [round(value, 4) for value in values]
-                writer.writerow([one["arm"], one["seed"], step, *values])
+    counts = Counter(one["arm"] for one in found)
+    below = {arm: sum(text.startswith(f"{arm} seed") for text in fallen) for arm in counts}
+    end = at_end("all")
+    first = {"seeds": counts, "exact calls at the end": part(end, 0), "− grpo": part(end, 1),
+             "− rest": part(end, 1, "rest"), "below start": below}
+    training = {}
+    for title, value, digits in (
+            ("mean exact", mean("exact"), 3), ("mean format", mean("format"), 3),
+            ("steps to format 0.95", lambda one: reached(one["curve"]["format"], 0.95), 1)):
+        columns = [part(value, k, digits=digits) for k in range(2)]
+        training |= {title: columns[0], f"{title} − grpo": columns[1]}
+    names = dict.fromkeys(line["category"] for line in found[0]["lines"])
+    by_category = {name: part(at_end(name), 1) for name in names if name != "all"}
+    texts = [table("at the end", first), table("in training", training), table("− grpo", by_category)]
+    return "\n\n".join([*texts, "\n".join(fallen)])
 
 
 def main(argv=None):
@@ -197,17 +226,21 @@ def main(argv=None):
     parser.add_argument("plan", choices=PLANS)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="a folder RUNS/PLAN holds the runs")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
-    parser.add_argument("--table", action="store_true", help="run nothing, print the tables")
-    parser.add_argument("--out", type=Path, default=HERE, help="folder of the CSV files")
+    parser.add_argument("--collect", action="store_true", help="run nothing, write the CSVs")
+    parser.add_argument("--table", action="store_true", help="run nothing, print the tables of the CSVs")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder of the CSVs")
     args = parser.parse_args(argv)
     folder = args.runs.resolve() / args.plan
     plan = PLANS[args.plan](folder.parent)
-    if args.table:
-        found = read(folder, plan)
-        if not found:
-            sys.exit(f"study.py: error: no finished run of this plan in {folder}: name the folder with --runs")
-        write(found, args.out, args.plan)
-        print(tables(found))
+    out = args.out / args.plan
+    try:
+        if args.collect:
+            collect(folder, plan, out)
+        if args.table:
+            print(tables(read(out)))
+    except (OSError, ValueError) as error:
+        sys.exit(f"study.py: error: {error}")
+    if args.collect or args.table:
         return
     with ThreadPoolExecutor(args.workers) as pool:
         for arm, seed, options in plan:

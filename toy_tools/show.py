@@ -249,9 +249,9 @@ def check_pair(one, other):
         raise ValueError(f"{both} differ in more than method and seed ({values}): they cannot be compared")
 
 
-def spread(values):
-    mean = f"{statistics.mean(values):.3f}"
-    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
+def spread(values, digits=3):
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def half_width(differences):
@@ -260,13 +260,14 @@ def half_width(differences):
     return t95(n - 1) * statistics.stdev(differences) / math.sqrt(n)
 
 
-def interval(differences):
+def interval(differences, digits=3):
     """Mean of paired differences and its 95% interval; – of fewer than two."""
     if len(differences) < 2:
         return "–"
     mean = statistics.mean(differences)
     half = half_width(differences)
-    return f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f})"
+    low, high = mean - half, mean + half
+    return f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
 
 
 def main(argv=None):
