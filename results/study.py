@@ -35,7 +35,7 @@ def toy(runs):
     plan = []
     for method in METHODS:
         for seed in range(8):
-            kept = KEPT if method == "rest" and seed < 3 else []  # toy_tools.signal reads them
+            kept = KEPT if method == "rest" and seed < 5 else []  # toy_tools.signal reads them
             plan.append((method, seed, ["--method", method, *kept]))
     for seed in range(5):
         for method in ("rest-static", "entropy-up", "dr-grpo"):
@@ -73,7 +73,7 @@ def real(runs):
     --name start`."""
     options = ["--model", str(runs / "real" / "start"), "--steps", "20", "--warmup-steps", "3"]
     options += ["--learning-rate", "2e-5", "--prompts", "4", "--group", "8", "--max-completion-tokens", "112"]
-    options += ["--eval-rows", "60", "--eval-samples", "1", "--eval-batch", "30", "--save-steps", "8"]
+    options += ["--eval-rows", "60", "--eval-samples", "1", "--eval-batch", "100", "--save-steps", "8"]
     return [(arm, seed, ["--method", arm, *options]) for seed in range(4) for arm in ("grpo", "rest")]
 
 
