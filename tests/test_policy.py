@@ -402,6 +402,27 @@ def test_a_run_with_an_adapter_can_be_resumed_and_used(tmp_path, capsys, monkeyp
     assert "exact" in capsys.readouterr().out
 
 
+def test_the_base_of_an_adapter_stays_when_its_run_goes_on(tmp_path, monkeypatch):
+    """A run's checkpoint is replaced by the next one: what an adapter was trained on is kept."""
+    pytest.importorskip("peft")
+    saved(tmp_path / "base", qwen3())
+    monkeypatch.setattr(rest, "score_texts", by_text)
+    common = ["--model", str(tmp_path / "base"), "--output-dir", str(tmp_path), "--name", "run",
+              "--prompts", "2", "--group", "2", "--max-completion-tokens", "8", "--train-rows", "8",
+              "--eval-rows", "0", "--learning-rate", "1e-2", "--save-steps", "1"]
+    train_small.main([*common, "--steps", "1"])
+    for path in ("run", "run/checkpoint"):
+        model, _ = adapted(tmp_path / path)
+        model.save_pretrained(tmp_path / f"of-{path.replace('/', '-')}")
+    before = logits(model)
+    train_small.main([*common, "--steps", "3", "--resume"])
+    for path in ("of-run", "of-run-checkpoint"):
+        again, _ = policy.load_model(tmp_path / path)
+        assert torch.equal(logits(again), before)
+    assert not torch.equal(logits(adapted(tmp_path / "run")[0]), before)  # the run has moved
+    assert [path.name for path in sorted((tmp_path / "run" / "kept").iterdir())] == ["step1", "step3"]
+
+
 def test_adapters_that_cannot_be_had_are_one_sentence(tmp_path, monkeypatch):
     """No peft, another rank, a base that is gone, nothing to merge."""
     pytest.importorskip("peft")

@@ -21,7 +21,7 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTr
                           Qwen3Config, Qwen3ForCausalLM)
 
 import rest
-from toy_tools import chat, fast, lora, schema, tasks, tools
+from toy_tools import chat, fast, lora, runs, schema, tasks, tools
 
 # ------------------------------------------------------------------------------ the embedded policy
 
@@ -307,7 +307,7 @@ def load_model(path, dtype=torch.float32, gradient_checkpointing=False, lora_ran
     dropout: whatever is random would make the importance ratio differ from 1.
 
     A folder with an adapter gives its base with that adapter. lora_rank: adapters are added and alone
-    trained. Raises FileNotFoundError / ImportError / ValueError with what to do."""
+    trained; a run's checkpoint is kept for them, since the run may go on. Raises FileNotFoundError / ImportError / ValueError with what to do."""
     path = str(path)
     of_run = Path(path) / "checkpoint"
     if any((of_run / name).exists() for name in ("config.json", lora.CONFIG)):
@@ -317,6 +317,8 @@ def load_model(path, dtype=torch.float32, gradient_checkpointing=False, lora_ran
                          "again: load the .gguf file with policy.load_model and save it to a folder")
     adapter = lora.read_config(path)
     base = adapter.get("base_model_name_or_path") or path
+    if lora_rank and not adapter:
+        base = runs.lasting(path)
     try:
         model, tokenizer = read_model(base, dtype)
     except FileNotFoundError as error:
@@ -407,4 +409,6 @@ def merge(folder, to, dtype=torch.float32):
 
 
 if __name__ == "__main__":  # python -m toy_tools.policy FOLDER
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m toy_tools.policy FOLDER")
     write_start(sys.argv[1])

@@ -71,7 +71,10 @@ def write_json(path, value):
 def read_json(path):
     """Raises FileNotFoundError, or ValueError naming the file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("no object")
+        return value
     except ValueError as error:
         raise ValueError(f"{path} is damaged, it holds no JSON ({error})") from error
 
@@ -157,6 +160,37 @@ def find_checkpoint(folder, read=lambda path: None):
         except Exception as error:  # of many kinds: zip, pickle, safetensors, tokenizers, shapes
             problems.append(f"{error}" if str(path) in f"{error}" else f"{path} cannot be read: {error!r}")
     raise ValueError("no whole checkpoint is left: " + "; ".join(problems))
+
+
+def lasting(path):
+    """`path`; but a run's newest checkpoint is replaced when the run goes on, so of that one a copy in
+    kept/stepN. Raises OSError."""
+    path = Path(path)
+    steps = steps_of(path)
+    if path.name not in (NEWEST, PREVIOUS) or steps is None:
+        return str(path)
+    if not kept_at(path.parent, steps).exists():
+        keep(path, steps)
+    return str(kept_at(path.parent, steps))
+
+
+def kept_at(run, step):
+    return run / "kept" / f"step{step}"
+
+
+def keep(checkpoint, step):
+    """Keep a run's checkpoint beside it as kept/stepN."""
+    kept = kept_at(checkpoint.parent, step)
+    part = kept.with_suffix(".part")
+    remove(part)
+    kept.parent.mkdir(exist_ok=True)
+    try:
+        shutil.copytree(checkpoint, part, copy_function=os.link)  # they never change
+    except (OSError, shutil.Error):  # a file system without links
+        remove(part)
+        shutil.copytree(checkpoint, part)
+    remove(kept)
+    part.rename(kept)
 
 
 def remove(path):
@@ -268,17 +302,7 @@ class RunFolder:
             self.keep(step)
 
     def keep(self, step):
-        kept = self.path / "kept" / f"step{step}"
-        part = kept.with_suffix(".part")
-        remove(part)
-        kept.parent.mkdir(exist_ok=True)
-        try:
-            shutil.copytree(self.path / NEWEST, part, copy_function=os.link)  # they never change
-        except (OSError, shutil.Error):  # a file system without links
-            remove(part)
-            shutil.copytree(self.path / NEWEST, part)
-        remove(kept)
-        part.rename(kept)
+        keep(self.path / NEWEST, step)
 
     def load(self, read):
         """(read(path), sentences) as find_checkpoint has them; what was read is `checkpoint` afterwards."""
