@@ -8,6 +8,7 @@ import json
 import math
 import sys
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -542,6 +543,17 @@ def test_the_command_measures_pools_and_goes_on_after_an_interruption(
         assert (tmp_path / "one.png").stat().st_size > 10_000
 
 
+def test_a_prolonged_run_is_measured_by_the_clock_it_had(tokenizer, tmp_path):
+    """Steps before the prolongation had another progress, and so other weights and rewards."""
+    run = make_run(tmp_path / "a", tokenizer, steps=(0, 1, 2))
+    settings = json.loads((run / "config.json").read_text())
+    args = SimpleNamespace(prompts=0, group=0, device="cpu", seed=0)
+    for lengths, progress in (([[0, 4]], [0, 0.25, 0.5, 1]), ([[0, 2], [2, 4]], [0, 0.5, 0.5, 1])):
+        (run / "config.json").write_text(json.dumps(settings | {"lengths": lengths}))
+        points = [signal.load(run, step, folder, args) for step, folder in signal.checkpoints(run).items()]
+        assert [point.progress for point in points] == progress
+
+
 def test_without_matplotlib_the_figure_is_refused_in_words(monkeypatch, tmp_path):
     """Its absence gives the pip line, and nothing else is lost."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -617,6 +629,8 @@ def test_folders_that_cannot_be_measured_get_one_sentence(tokenizer, tmp_path):
     settings = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(settings | {"config": settings["config"] | {"colour": 1}}))
     fails(run, "another version")
+    (run / "config.json").write_text("[]")
+    fails(run, "config.json is damaged")
     (run / "config.json").write_text(json.dumps(settings))
     other = tokenizer.__class__.from_pretrained(run / "checkpoint")
     other.chat_template = tokenizer.chat_template + " "

@@ -589,6 +589,9 @@ def load(run, number, folder, args):
     except TypeError as error:
         raise ValueError(f"{run}/config.json is of another version of this project: {error}") from None
     cfg = replace(cfg, prompts=args.prompts or cfg.prompts, group=args.group or cfg.group)
+    for first, steps in settings.get("lengths", ()):  # a prolonged run trained by another clock before
+        if first <= number:
+            cfg = replace(cfg, steps=steps)
     model, tokenizer = policy.load_model(folder, getattr(torch, options["dtype"]))
     model = model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if options["data"]:
