@@ -10,10 +10,11 @@ import rest
 from toy_tools import picture
 
 HOSTILE = "</svg><script>alert(1)</script>&<"
+CONTROL = "\x08\x1b\ufffe\ud800"  # no character of XML
 
 
 def run(folder, exact=True):
-    tokens = ["<think>", HOSTILE, "</think>", "\n", "add", "tool"]
+    tokens = ["<think>", HOSTILE, "</think>", "\n", "add", CONTROL]
     region = [rest.TAG, rest.THOUGHT, rest.TAG, rest.SCAFFOLD, rest.NAME, -1]
     weights = {"rest": {"0": 1.5, "4": 0.5, "1": 1.5, "2": 0.25}, "shuffled": [1.0, 2.0, 3.0, 0.1, 0.2, 0.0]}
     completion = {"tokens": tokens, "region": region, "exact": exact, "w": weights}
@@ -38,6 +39,7 @@ def test_tokens_regions_and_weights_are_those_recorded(tmp_path, method, labels)
     texts = [child.text for child in written]
     assert [text for text in texts if text.startswith("step")] == ["step 0", "step 99"]
     assert texts.count(HOSTILE) == 2 and "x" not in texts
+    assert texts.count("\ufffd" * 4) == 2
     first = texts[texts.index("step 0"):texts.index("step 99")]
     assert [text for text in first if text.replace(".", "").isdigit()][:len(labels)] == labels
     colour = {child.text: child.get("fill") for child in written if child.get("font-size") == "10"}
@@ -50,6 +52,13 @@ def test_a_run_without_episodes_is_named(tmp_path, recorded):
     if recorded is not None:
         (tmp_path / "episodes.jsonl").write_text(recorded)
     with pytest.raises(ValueError, match="no episodes.jsonl"):
+        picture.picture(tmp_path, tmp_path / "a.svg")
+
+
+@pytest.mark.parametrize("name", ["episodes.jsonl", "config.json"])
+def test_a_damaged_file_is_named(tmp_path, name):
+    (run(tmp_path) / name).write_text("[1]\n")
+    with pytest.raises(ValueError, match=f"{name} is damaged"):
         picture.picture(tmp_path, tmp_path / "a.svg")
 
 

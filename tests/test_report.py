@@ -102,7 +102,8 @@ def record(recorder, step, batch, cfg, chat):
     rewards = [rest.episode_reward(*score[:2], progress, cfg.reward_scaling) for score in batch.scores]
     advantages = rest.group_advantages(torch.tensor(rewards).view(-1, batch.group))
     batch.advantages = advantages.flatten()
-    recorder.record(step, batch, cfg, chat)
+    weight = rest.WEIGHTS[cfg.method](batch, cfg, progress)
+    recorder.record(step, batch, weight, cfg, chat)
     return advantages
 
 
@@ -309,7 +310,7 @@ def test_a_page_of_the_default_run_s_size_is_under_two_megabytes(tmp_path):
     for step in (*range(0, 100, 10), 99):
         batch = fake_batch(chat, episodes, [ROWS[0], ROWS[2]], seed=step)
         batch.advantages, batch.scores = torch.arange(16.0), [(1.0, 1.0, True)] * 16
-        recorder.record(step, batch, cfg, chat)
+        recorder.record(step, batch, torch.rand(batch.sampled.shape), cfg, chat)
     page = report.write([tmp_path], tmp_path / "page.html")
     assert page.stat().st_size < 2_000_000
     assert len(embedded(page)["runs"][0]["episodes"]) == 11
@@ -353,11 +354,12 @@ def test_what_is_no_run_is_refused_in_a_sentence(tmp_path):
         report.main([str(tmp_path / "nowhere")])
 
 
+@pytest.mark.parametrize("text", ["{oops\n", "[1]\n"])
 @pytest.mark.parametrize("part", ["time.json", "metrics.jsonl"])
-def test_a_damaged_file_is_named(tmp_path, part):
+def test_a_damaged_file_is_named(tmp_path, part, text):
     """A last line that a kill has cut is no damage: its step was never recorded."""
     run = fake_run(tmp_path / "a")
-    (run / part).write_text("{oops\n")
+    (run / part).write_text(text)
     with pytest.raises(ValueError, match=f"{part} is damaged"):
         report.write([run], tmp_path / "page.html")
 

@@ -4,12 +4,13 @@ colour of its region, the darker the heavier it weighs, its weight below. For RE
     python -m toy_tools.picture runs/rest-seed0 episode.svg
 """
 
-import json
+import re
 import sys
 from html import escape
 from pathlib import Path
 
 import rest
+from toy_tools import runs
 from toy_tools.report import read_lines
 
 COLOURS = {
@@ -22,6 +23,7 @@ PAPER = {r: name for name, members in rest.PAPER_REGIONS.items() for r in member
 FONT = 'font-family="ui-monospace, Menlo, Consolas, monospace" font-size="14"'
 WIDTH = 88   # characters a line
 CHAR = 8.4   # pixels, and so the others
+FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # in XML
 LINE = 38
 MARGIN = 16
 
@@ -34,7 +36,7 @@ def picture(folder, out, method=""):
     if not steps:
         raise ValueError(f"{folder} has no episodes.jsonl, or an empty one: only runs of train_small.py that "
                          "took a step have recorded episodes")
-    method = method or json.loads((folder / "config.json").read_text())["config"]["method"]
+    method = method or runs.read_json(folder / "config.json")["config"]["method"]
     y = MARGIN + 8
     parts = []
     for step in (steps[0], steps[-1]):
@@ -104,7 +106,7 @@ def draw(parts, completion, method, y):
 
 
 def text(x, y, content, colour, more=""):
-    content = escape(content)
+    content = escape(FORBIDDEN.sub("\ufffd", content))
     return f'<text x="{x:.1f}" y="{y}" fill="{colour}" xml:space="preserve" {more}>{content}</text>'
 
 

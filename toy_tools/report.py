@@ -39,12 +39,12 @@ class Recorder:
         self.prompts = prompts
         self.trimmed = False
 
-    def record(self, step, batch, cfg, chat):
+    def record(self, step, batch, weight, cfg, chat):
         """Record step `step`, if it is one of those to keep.
 
-        batch: rest.Rollout as rest.train_step returns it; chat: rest.Chat. Prompts whose completions
-        differ in reward come first: the others teach nothing. Weights are those every method gives in the
-        whole batch; H is in nats."""
+        batch, weight: as rest.train_step returns them; chat: rest.Chat. Prompts whose completions differ in
+        reward come first: the others teach nothing. Beside `weight` stand those that every other method
+        gives in the whole batch, if it can; H is in nats."""
         if step % self.every and step != cfg.steps - 1:
             return
         if not self.trimmed:
@@ -54,7 +54,13 @@ class Recorder:
         advantages = batch.advantages.view(-1, batch.group)                 # (P, G)
         weights = {}
         for name, method in rest.WEIGHTS.items():
-            weights[name] = method(batch, dataclasses.replace(cfg, method=name), progress)  # (N, T)
+            if name == cfg.method:
+                weights[name] = weight  # not called twice a step: a method of one's own may have a memory
+                continue
+            try:
+                weights[name] = method(batch, dataclasses.replace(cfg, method=name), progress)  # (N, T)
+            except Exception as error:  # another's bug must not end this run
+                rest.warn_once(f"the page lacks the weights of method {name}, which failed: {error!r}")
         teaches = advantages.ne(0).any(1).tolist()
         chosen = sorted(range(len(batch.rows)), key=lambda p: not teaches[p])[:self.prompts]
         groups = []
@@ -214,7 +220,10 @@ def write(folders, out, max_bytes=MAX_BYTES):
 
 def _parse(text, file):
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if not isinstance(value, dict):
+            raise ValueError("no JSON object")
+        return value
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}): take it away, and the page does without it") from None
 
