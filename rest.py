@@ -633,7 +633,7 @@ def evaluate(engine, chat, rows, cfg, greedy=False, samples=1, seed=0, batch_row
         batch = rollout(
             engine, chat, part, cfg, seed + start, group, greedy, toolbox_for=toolbox_for)
         for i, one in enumerate(zip(score_batch(batch), batch.sampled.sum(1).tolist())):
-            for key in (part[i // batch.group].get("category", "rows"), "all"):
+            for key in {part[i // batch.group].get("category", "rows"), "all"}:
                 seen.setdefault(key, []).append(one)
         if on_batch:
             on_batch(len(part))
@@ -848,7 +848,7 @@ def execute(calls, functions, timeout=2.0, max_chars=1000):
         thread.join(max(0.0, min(timeout, deadline - time.monotonic())))
         result = outcome[0]
         text = result
-        if isinstance(result, Exception):
+        if isinstance(result, BaseException):
             text = f"error: {result}"
             refused += isinstance(result, CallError)
             failed += not isinstance(result, CallError)
@@ -879,7 +879,7 @@ def _run(call, functions, outcome):
         if not isinstance(value, str):  # a value that holds itself: RecursionError, the user's bug
             value = json.dumps(value, ensure_ascii=False, check_circular=False)
         outcome[0] = value
-    except Exception as error:  # whatever a tool raises, the training run goes on
+    except BaseException as error:  # whatever a tool raises, sys.exit too, the training run goes on
         outcome[0] = error
 
 def offered(row, box):

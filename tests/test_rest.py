@@ -4,6 +4,7 @@ chat templates."""
 import copy
 import json
 import random
+import sys
 import threading
 import time
 
@@ -178,15 +179,17 @@ def test_who_is_to_blame_for_a_call_is_counted(caplog):
 
     async def later(a):
         return a + 1
-    functions = {"missing": missing, "unhappy": unhappy, "odd": lambda a: {1, 2}, "later": later}
+    functions = {"missing": missing, "unhappy": unhappy, "odd": lambda a: {1, 2}, "later": later,
+                 "leaving": lambda: sys.exit("bye")}
     calls = [Call("missing", {"a": 1}), Call("missing", {"a": 2}), Call("unhappy", {"a": 1}),
-             Call("odd", {"a": 1}), Call("later", {"a": 1}), Call("later", {}), Call("none", {})]
+             Call("odd", {"a": 1}), Call("later", {"a": 1}), Call("later", {}), Call("none", {}),
+             Call("leaving", {})]
     texts, refused, failed = rest.execute(calls, functions)
-    assert texts[2] == "error: no booking of that code" and texts[4] == "2"
-    assert (refused, failed) == (2, 4)
+    assert texts[2] == "error: no booking of that code" and texts[4] == "2" and texts[7] == "error: bye"
+    assert (refused, failed) == (2, 5)
     told = [record.message for record in caplog.records]
     assert len([m for m in told if "missing" in m]) == 1
-    assert len([m for m in told if "odd" in m]) == 1
+    assert len([m for m in told if "odd" in m]) == len([m for m in told if "leaving" in m]) == 1
     assert not any("unhappy" in m for m in told)
 
 

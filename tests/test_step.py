@@ -240,6 +240,13 @@ def test_evaluate_counts_per_category(tokenizer):
     assert table["other"]["correct"] is None and table["simple"]["correct"] == 0.5
 
 
+def test_a_category_named_all_counts_once(tokenizer):
+    table = evaluated(scripted(tokenizer, [CALL, "x"]), tokenizer, [{**ROW, "category": "all"}, ROW],
+                      config(max_completion_tokens=130), greedy=True)
+    assert {key: (value["n"], value["exact"]) for key, value in table.items()} == {
+        "simple": (1, 0.0), "all": (2, 0.5)}
+
+
 def test_scores_belong_to_their_rows(tokenizer):
     """Two rows of different category and gold, two samples each."""
     rows = [ROW, {**ROW, "category": "other", "gold": [[]]}]

@@ -184,6 +184,13 @@ def test_lookups_are_the_same_everywhere():
     assert box["translate_words"](words="Bread", language="Dutch") == "breadje"
 
 
+def test_a_whole_number_is_the_same_however_it_is_written():
+    """JSON's 4.0 fits the schema of an integer and equals gold's 4: the tool answers and does the same."""
+    (one, whole), (other, written) = ((box, box.functions["book_table"](restaurant="Luna", people=people))
+                                      for box, people in ((ToolBox(), 4), (ToolBox(), 4.0)))
+    assert whole == written and json.dumps(one.state) == json.dumps(other.state)
+
+
 def test_state_belongs_to_one_episode():
     initial = {"contacts": {"Ana": {"city": "Oslo"}}, "bookings": {"B7": ["Luna", 2]}}
     before = json.dumps(initial)

@@ -137,6 +137,11 @@ def digest(*parts):
     return zlib.crc32("|".join(map(str, parts)).encode())
 
 
+def _whole(value):
+    # 4.0 is 4 in JSON: a tool must not tell them apart
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def parse_date(text):
     try:
         # from Python 3.11 on fromisoformat reads other ISO forms too
@@ -394,7 +399,7 @@ class ToolBox:
                     raise ValueError(f"{name} is longer than 1000 characters")
                 if isinstance(value, (int, float)) and not abs(value) <= 1e15:
                     raise ValueError(f"{name} must be a number below 1e15")
-            real = {parameters.get(name, name): value for name, value in arguments.items()}
+            real = {parameters.get(name, name): _whole(value) for name, value in arguments.items()}
             if tool.stateful:
                 return tool.function(self.state, **real)
             return tool.function(**real)
