@@ -388,6 +388,15 @@ def test_an_open_thought_is_forced_in_every_turn(bring):
         assert any("enable_thinking=True" in note for note in talk.notes) == (opening == THINKING)
 
 
+def test_a_thought_that_is_closed_where_tools_are_given_is_left_open_too(bring):
+    """Without tools this template closes none."""
+    closes = THINKING.replace("{% else %}", "{% elif tools %}").removesuffix("{% endif %}")
+    talk = chat.TemplateChat(bring(CHATML.removesuffix("{% endif %}") + closes + "{% endif %}"))
+    assert talk.options == {"enable_thinking": True}
+    prompt, opening = talk.prompt(ROW)
+    assert talk.decode(prompt).endswith("<|im_start|>assistant\n") and talk.decode(opening) == "<think>\n"
+
+
 def test_a_thought_that_stays_closed_is_prompt_and_the_reward_is_told(bring):
     """It is no part of the completion, in which a thought of the policy's own earns the format point."""
     closed = CHATML.removesuffix("{% endif %}") + "<think>\n\n</think>\n\n{% endif %}"

@@ -185,10 +185,17 @@ class TemplateChat(rest.Chat):
 
     def _find_thought(self):
         """A thought that the template closes before the policy writes anything: have it left open."""
-        user = _probe("user")
-        if not CLOSED_THOUGHT.search(self._template(user, [])):
+        def closes(**options):
+            texts = [self._template(_probe("user"), [], **options)]
+            try:
+                texts.append(self._template(_probe("user"), [PROBE], **options))
+            except ValueError:  # it refuses tools: judged later
+                pass
+            return any(map(CLOSED_THOUGHT.search, texts))
+
+        if not closes():
             return
-        if not CLOSED_THOUGHT.search(self._template(user, [], enable_thinking=True)):
+        if not closes(enable_thinking=True):
             self.options = {"enable_thinking": True}
             self._note("the chat template closes an empty thought in front of a completion, so it is "
                        "rendered with enable_thinking=True, which leaves the thought to the policy")
