@@ -157,19 +157,41 @@ def check_prompts(what, source, rows, learner, cfg):
 
     source: the file they are from. Toy tasks are alike, so that of those the longest are enough."""
     limit = context_length(learner.model)
+    vocabulary = learner.model.get_input_embeddings().weight.shape[0]
+    out_of_reach = []
     numbered = list(enumerate(rows, 1))
     if not source:
         numbered = sorted(numbered, key=lambda pair: len(repr(pair[1])))[-50:]
     for number, row in numbered:
         where = f"row {number} of {source or 'the toy tasks'} ({what})"
         try:
-            length = len(learner.chat.prompt(row)[0])
+            prompt, opening = learner.chat.prompt(row)
         except Exception as error:  # whatever the chat template raises
             raise ValueError(f"{where} cannot be written as a prompt: {error!r}") from error
+        length = len(prompt)
+        if len(opening) >= cfg.max_completion_tokens:
+            raise ValueError(f"the chat template writes the first {len(opening)} tokens of a completion itself: "
+                             f"--max-completion-tokens {cfg.max_completion_tokens} leaves none to sample")
+        largest = max(prompt + opening, default=0)
+        if largest >= vocabulary:
+            raise ValueError(
+                f"{where} has the token {learner.chat.decode([largest])!r} of id {largest}, but the model's "
+                f"vocabulary ends at {vocabulary}: model.resize_token_embeddings(len(tokenizer)), then save "
+                "the model")
         if length + cfg.max_completion_tokens > limit:
             raise ValueError(
                 f"{where} does not fit: its prompt has {length} tokens, with --max-completion-tokens "
                 f"{cfg.max_completion_tokens} that is more than the model's context of {limit}")
+        out_of_reach += [number] * any(turn != spoken(turn, learner.chat) for turn in row["gold"])
+    if out_of_reach:
+        warn([f"the tokenizer cannot write the gold calls of {len(out_of_reach)} {what} rows as they stand, "
+              f"that of row {out_of_reach[0]} first (another Unicode form, say): no completion of them is exact"])
+
+
+def spoken(turn, chat):
+    """The gold calls of a turn as they are read from a completion's tokens."""
+    text = chat.decode(chat.encode(tasks.completion_text(turn, "")))
+    return [vars(call) for call in rest.parse_calls(text) if isinstance(call, rest.Call)]
 
 
 def train(run, cfg, device, interrupt):
@@ -288,9 +310,38 @@ def demonstrate(learner, rows, run, cfg):
     rng = random.Random(cfg.seed)
     noise = 0.0 if run.data else run.noise  # one's own demonstrations are imitated as they are
     pairs = [(row, row.get("target") or policy.noisy_demonstration(row, rng, noise)) for row in rows]
+    if run.data:
+        check_demonstrations(pairs, run.data, learner)
+    else:  # a tag that the template itself writes cannot be left out
+        _, opening = learner.chat.prompt(rows[0])
+        tag = learner.chat.decode(opening).strip()
+        pairs = [(row, text) for row, text in pairs if text.startswith(tag)]
     policy.warm_start(learner.model, learner.chat.tokenizer, pairs, run.warm_start_steps,
                       run.warm_start_batch, run.warm_start_lr, cfg.seed, run.micro_batch,
                       learner.chat.instructions)
+
+
+def check_demonstrations(pairs, source, learner):
+    """Says how many of a file's demonstrations the reward does not take for exact. Raises ValueError naming
+    the first that cannot be imitated."""
+    limit = context_length(learner.model)
+    wrong = []
+    for number, (row, text) in enumerate(pairs, 1):
+        where = f"the demonstration of row {number} of {source}"
+        try:
+            given, learnt = learner.chat.target(row, text)
+        except ValueError as error:
+            raise ValueError(f"{where} cannot be imitated: {error}") from error
+        if len(given) + len(learnt) > limit:
+            raise ValueError(f"{where} does not fit: with its prompt it has {len(given) + len(learnt)} tokens, "
+                             f"more than the model's context of {limit}")
+        form, correct, exact = rest.score_texts([text], row)
+        if not exact:
+            correct = "none" if correct is None else f"{correct:.2f}"
+            wrong.append(f"row {number} (format {form:.0f}, correctness {correct})")
+    if wrong:
+        warn([f"{len(wrong)} of the {len(pairs)} demonstrations in {source} are not what the reward wants, "
+              f"{wrong[0]} is the first; they are imitated as they are"])
 
 
 def digest(*values):
@@ -323,8 +374,10 @@ def save(folder, learner, step, run):
 
 
 def measure(learner, test, run, cfg, what):
+    # all runs are evaluated by the same draws; an evaluation alone has a seed of its own
+    seed = 10**6 * (1 + cfg.seed if run.eval_only else 1)
     with tqdm(total=len(test), desc=what, unit="row", leave=False) as bar:
-        return rest.evaluate(learner.engine, learner.chat, test, cfg, samples=run.eval_samples, seed=10**6,
+        return rest.evaluate(learner.engine, learner.chat, test, cfg, samples=run.eval_samples, seed=seed,
                              batch_rows=run.eval_batch, toolbox_for=tasks.toolbox_for, on_batch=bar.update)
 
 
@@ -361,7 +414,7 @@ def loop(folder, learner, rows, run, cfg, first, metrics, clock, interrupt):
                 stop_not_finite(folder, step, False)
             metrics.add(row)
             progress_line(bar, row)
-            recorder.record(step, batch, cfg, learner.chat)
+            recorder.record(step, batch, weight, cfg, learner.chat)
             if run.show_every and (step + 1) % run.show_every == 0:
                 tqdm.write(f"\nstep {step}: {episode_of(learner, batch, weight)}\n")
             last = batch, weight
@@ -453,7 +506,7 @@ def finish(folder, metrics):
     try:
         if metrics.rows:
             show.curve([folder / "metrics.csv"], folder / "curve.png")
-    except ImportError as missing:
+    except (ImportError, ValueError) as missing:
         print(f"No curve.png: {missing}")
     write_report(folder)
     print(f"Look at {folder}/report.html. Policy, metrics.csv and config.json are beside it "

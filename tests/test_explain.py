@@ -26,12 +26,25 @@ def test_the_shares_of_all_tokens_are_the_loss(method, aggregation):
     assert not shares[~batch.sampled].any()
 
 
+class Recorded(rest.Engine):
+    """A script has no forward for the update: its policy is as it was."""
+
+    def logps(self, batch, rows, temperature):
+        return batch.logp
+
+
+@pytest.mark.parametrize("aggregation, over", [
+    ("sequence", "sampled tokens"), ("constant", "--max-completion-tokens"), ("token", "sum of all weights")])
+def test_the_loss_is_said_to_be_over_what_it_is(tokenizer, aggregation, over):
+    engine = Recorded(scripted(tokenizer, [CALL, CALL[:-20]]))
+    cfg = rest.Config(group=2, max_completion_tokens=130, aggregation=aggregation)
+    text = explain.explain(engine, rest.Chat(tokenizer), ROW, cfg)
+    assert over in re.search(r"5\. The loss.*", text)[0]
+
+
 def test_the_tables_show_what_was_computed(tokenizer):
     """One right and one wrong completion: scores, advantages of opposite sign, all tokens of the one that
     is shown with their region and weight, and the sum of its shares, -A/G for weights of mean 1."""
-    class Recorded(rest.Engine):  # a script has no forward for the update: its policy is as it was
-        def logps(self, batch, rows, temperature):
-            return batch.logp
     engine = Recorded(scripted(tokenizer, [CALL, CALL[:-20]]))
     chat = rest.Chat(tokenizer)
     text = explain.explain(engine, chat, ROW, rest.Config(group=2, max_completion_tokens=130))

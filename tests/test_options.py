@@ -46,7 +46,7 @@ def place(tmp_path_factory):
     tokenizer = byte_tokenizer()
     policy.tiny_policy(0, 2, progress=False)
     tokenizer.chat_template = TEMPLATE
-    for name in ("model", "nan", "short", "broken", "no-template", "no-weights"):
+    for name in ("model", "nan", "short", "broken", "no-template", "no-weights", "opens", "grown"):
         model = qwen3(layers=1)
         if name == "short":
             model.config.max_position_embeddings = 64
@@ -54,6 +54,10 @@ def place(tmp_path_factory):
             model.lm_head.weight.data[3] = torch.nan
         model.save_pretrained(place / name)
         tokenizer.chat_template = None if name == "no-template" else TEMPLATE
+        if name == "opens":
+            tokenizer.chat_template += "<think>"
+        if name == "grown":  # the model's embedding was not
+            tokenizer.add_tokens(["1+2"])
         tokenizer.save_pretrained(place / name)
     (place / "broken" / "config.json").write_text("{")
     (place / "no-weights" / "model.safetensors").unlink()
@@ -65,7 +69,10 @@ def place(tmp_path_factory):
         "role": [row] * 2 + [{**row, "messages": [{"role": "robot", "content": "?"}]}],
         "unknown": [{**row, "gold": [[{"name": "nope", "arguments": {}}]]}] * 4,
         "long": [row] * 2 + [{**row, "messages": [{"role": "user", "content": "x" * 3000}]}],
-        "strange": [row] * 2 + [{**row, "tools": [{"function": {"name": "add"}}]}]}
+        "strange": [row] * 2 + [{**row, "tools": [{"function": {"name": "add"}}]}],
+        "bare": [row] * 3 + [{**row, "target": "<tool_call>"}], "all": [row] * 2 + [{**row, "category": "all"}],
+        "target": [{**row, "target": "<think>t</think>"}] * 2 + [{**row, "target": "<tool_call>"}],
+        "wordy": [{**row, "target": "<think>t</think>"}] * 2 + [{**row, "target": "x" * 3000}]}
     for name, rows in files.items():
         write_rows(place / f"{name}.jsonl", rows)
     (place / "prose.json").write_text("{}")
@@ -161,6 +168,11 @@ TRAINING += cases("""
     --max-turns 2 --data good.jsonl  ->  --max-turns
     --max-turns 2 --eval-data good.jsonl  ->  --max-turns
     --model model --data good.jsonl --warm-start-steps 2 --learning-rate 1e-4  ->  neither "demo" nor "target"
+    --model opens --data target.jsonl --warm-start-steps 2 --learning-rate 1e-4  ->  of row 3 of target.jsonl
+    --model short --data wordy.jsonl --warm-start-steps 2 --learning-rate 1e-4  ->  does not fit
+    --model opens --data good.jsonl --learning-rate 1e-4 --max-completion-tokens 1  ->  leaves none to sample
+    --model grown --data good.jsonl --learning-rate 1e-4  ->  resize_token_embeddings
+    --data all.jsonl  ->  category "all"
     # without effect
     --benchmarks bfcl  ->  --eval-only
     --limit 3  ->  --eval-only
@@ -198,6 +210,7 @@ EVALUATION = cases("""
     --name none --model model  ->  --name would have no effect
     --model model --warm-start-steps 3  ->  --warm-start-steps would
     --model nan  ->  not finite
+    --model grown --eval-data good.jsonl  ->  resize_token_embeddings
     --eval-data cut.jsonl  ->  line 3
     --eval-data nowhere.jsonl  ->  nowhere.jsonl
     --data nowhere.jsonl  ->  nowhere.jsonl
@@ -235,6 +248,13 @@ def test_wrong_input_gets_one_sentence_and_leaves_no_folder(place, tmp_path, mon
     assert words.replace("-", "_") in message.replace("-", "_")  # rest.Config names its fields
     assert len(message) < 700 and message.count("\n") <= 6  # five malformed rows are shown
     assert not out.exists() and set(place.iterdir()) == before
+
+
+@pytest.mark.parametrize("option", ["--warm-start-steps 2", "--warm-start-lr 1e-2", "--learning-rate 1e-5"])
+def test_what_an_explanation_ignores_is_refused(option):
+    run, cfg, given = options.read_options(f"--explain --model x {option}".split())
+    with pytest.raises(ValueError, match=f"{option.split()[0]} would have no effect"):
+        options.check(run, cfg, given, torch.device("cpu"))
 
 
 def test_the_table_is_long():

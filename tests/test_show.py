@@ -193,12 +193,28 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path):
     first, second = finished(tmp_path / "first", "rest", 0), finished(tmp_path / "second", "grpo", 0)
     (second / "after.json").write_text('{"all": {"n"')
     assert "second/after.json is damaged" in refused(tmp_path, first, second)
+    (second / "after.json").write_text("[1]")
+    assert "second/after.json is damaged" in refused(tmp_path, first, second)
     (second / "after.json").unlink()
     (second / "config.json").unlink()
     assert "second has no config.json" in refused(tmp_path, first, second)
     assert "nowhere has no config.json" in refused(tmp_path, first, tmp_path / "nowhere")
     with pytest.raises(ValueError, match="nothing to compare"):
         show.seeds([], tmp_path / "out.csv")
+
+
+def test_a_curve_needs_only_what_it_draws(tmp_path):
+    """A metric that only some rows have is none of that; one that is drawn and lacks is named."""
+    pytest.importorskip("matplotlib", reason="pip install matplotlib")
+    drawn = ["step", "exact", *(f"{kind}_{name}" for kind in "Hw" for name in rest.PAPER_REGIONS)]
+    file = tmp_path / "metrics.csv"
+    lines = [",".join([*drawn, "mine"])] + [",".join(["1"] * len(drawn) + [mine]) for mine in ("2", "")]
+    file.write_text("\n".join(lines))
+    show.curve([file], tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").exists()
+    file.write_text("\n".join(lines).replace("H_name", "other"))
+    with pytest.raises(ValueError, match="metrics.csv has no number H_name"):
+        show.curve([file], tmp_path / "curve.png")
 
 
 def test_the_settings_that_may_differ_are_those_of_the_options():

@@ -430,6 +430,51 @@ def test_options_reach_a_loaded_model(tmp_path, monkeypatch):
     assert [row["messages"][0]["content"] for row in seen["rows"]] == ["3+4?"] * 3
 
 
+def test_demonstrations_that_the_reward_would_not_take_are_told(tmp_path, monkeypatch, capsys):
+    """They are imitated all the same; what is exact is not mentioned, and an empty thought is none."""
+    model, seen = chat_model(tmp_path / "model"), {}
+    monkeypatch.setattr(policy, "warm_start", lambda model, tokenizer, pairs, *a, **k: seen.update(pairs=pairs))
+    row = {key: ROW[key] for key in ("messages", "tools", "gold")}
+    other = {"name": "add", "arguments": {"a": 1, "b": 3}}
+    rows = [{**row, "target": CALL}, {**row, "demo": [{}], "blocks": [["tool_call"]]}, {**row, "demo": [{}]},
+            {**row, "target": tasks.completion_text([other], "sum")}]
+    args = ["--model", str(model), "--steps", "0", "--eval-rows", "0", "--data"]
+    run(tmp_path, *args, str(write_rows(tmp_path / "some.jsonl", rows)), "--name", "some")
+    assert [rest.score_texts([text], row)[2] for row, text in seen["pairs"]] == [True, True, False, False]
+    told = capsys.readouterr().err
+    assert "2 of the 4 demonstrations in" in told and "row 3 (format 0, correctness 1.00) is the first" in told
+    run(tmp_path, *args, str(write_rows(tmp_path / "all.jsonl", rows[:2] * 2)), "--name", "all")
+    assert "demonstrations" not in capsys.readouterr().err
+
+
+def test_a_thought_that_the_template_opens_is_left_out_of_no_demonstration(tmp_path, monkeypatch):
+    """A demonstrator's noise on toy tasks leaves some out: those rows are not demonstrated."""
+    seen, folder = {}, chat_model(tmp_path / "model")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+                               "<|im_end|>\n{% endfor %}<|im_start|>assistant\n<think>")
+    tokenizer.save_pretrained(folder)
+    monkeypatch.setattr(policy, "warm_start", lambda model, tokenizer, pairs, *a, **k: seen.update(pairs=pairs))
+    run(tmp_path, "--model", str(folder), "--steps", "0", "--eval-rows", "0", "--noise", "0.5", "--name", "x")
+    assert len(seen["pairs"]) > 10 and all(text.startswith("<think>") for _, text in seen["pairs"])
+
+
+def test_gold_that_the_tokenizer_cannot_write_is_told(tmp_path, capsys):
+    """A tokenizer that normalises composes what gold has decomposed: no completion of it would be exact."""
+    from tokenizers import normalizers
+    folder, tokenizer = chat_model(tmp_path / "model"), byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    tokenizer.save_pretrained(folder)
+    row = {key: ROW[key] for key in ("messages", "gold")}
+    rows = [{**row, "gold": [[{"name": "go", "arguments": {"to": to}}]]} for to in ("Z\u00fcrich", "Zu\u0308rich")]
+    data = write_rows(tmp_path / "rows.jsonl", rows * 2)
+    run(tmp_path, "--model", str(folder), "--data", str(data), "--steps", "0", "--warm-start-steps", "0",
+        "--eval-rows", "0", "--name", "x")
+    told = capsys.readouterr().err
+    assert "cannot write the gold calls of 2 training rows" in told and "that of row 2 first" in told
+
+
 def test_whole_completions_of_ones_own_are_imitated(tmp_path, monkeypatch):
     """Rows with a "target" need no "demo", and rows with neither are refused."""
     model, seen = chat_model(tmp_path / "model"), {}
@@ -813,3 +858,51 @@ def test_eval_only_evaluates_what_it_was_asked_to(start, tmp_path, capsys, monke
         assert torch.equal(seen[-1][0], weights(tmp_path / "a/checkpoint.previous"))
     with pytest.raises(SystemExit, match="tokenizer.json is missing"):
         run(tmp_path, "--eval-only", "--model", str(tmp_path / "a/checkpoint"))
+
+
+def test_an_evaluation_has_a_seed_of_its_own(start, tmp_path, monkeypatch):
+    """Several seeds of one policy on one file: other draws; while all runs are evaluated by the same."""
+    seeds, evaluate = [], rest.evaluate
+    monkeypatch.setattr(rest, "evaluate", lambda *a, **k: seeds.append(k["seed"]) or evaluate(*a, **k))
+    data = write_rows(tmp_path / "rows.jsonl", [{key: ROW[key] for key in ("messages", "tools", "gold")}])
+    for seed in "012":
+        run(tmp_path, "--eval-only", "--model", str(start), "--eval-data", str(data), "--seed", seed)
+    assert len(set(seeds)) == 3
+    for seed in "01":
+        run(tmp_path, "--model", str(start), "--steps", "0", "--warm-start-steps", "0", "--seed", seed,
+            "--name", seed)
+    assert seeds[3] == seeds[4] == seeds[0]
+
+
+def test_a_resumed_run_is_evaluated_by_the_same_draws(start, tmp_path):
+    """Which other numbers of rows at once would change."""
+    run(tmp_path, "--steps", "1", "--name", "x")
+    with pytest.raises(SystemExit, match="--eval-batch"):
+        run(tmp_path, "--steps", "2", "--name", "x", "--resume", "--eval-batch", "3")
+
+
+def test_a_fork_s_weighting_is_called_once_a_step_and_another_s_failure_ends_no_run(
+        start, tmp_path, monkeypatch, caplog):
+    """It may remember; and a metric that only some steps have costs no page."""
+    calls, step = [], rest.train_step
+
+    def remembers(batch, cfg, progress):
+        calls.append(progress)
+        return rest.uniform(batch, cfg, progress)
+
+    def fails(batch, cfg, progress):
+        raise KeyError("not for you")
+
+    def now_and_then(*args):
+        metrics, *rest_of_it = step(*args)
+        return metrics | ({"mine": 1.0} if args[5] == 1 else {}), *rest_of_it
+    monkeypatch.setitem(rest.WEIGHTS, "remembers", remembers)
+    monkeypatch.setitem(rest.WEIGHTS, "fails", fails)
+    monkeypatch.setattr(rest, "train_step", now_and_then)
+    run(tmp_path, "--method", "remembers", "--steps", "2", "--name", "x")
+    assert calls == [0.0, 0.5] and learnt(tmp_path / "x", start)
+    assert len([record for record in caplog.records if "method fails" in record.message]) == 1
+    assert (tmp_path / "x" / "report.html").exists()
+    recorded = json.loads((tmp_path / "x" / "episodes.jsonl").read_text().splitlines()[0])
+    shown = recorded["groups"][0]["completions"][0]["w"]
+    assert "remembers" in shown and "rest" in shown and "fails" not in shown

@@ -330,6 +330,8 @@ def _own_layout(record, arrow, live):
     for key, text in (("category", category), ("target", target)):
         if not isinstance(text, (str, type(None))):
             raise ValueError(f"{key} must be a text")
+    if category == "all":
+        raise ValueError('category "all" is the name of all categories together: give it another')
     if target and len(turns) > 1:
         raise ValueError(f"target is the completion of one gold turn, but gold has {len(turns)}: use demo")
 
@@ -350,7 +352,7 @@ def _own_layout(record, arrow, live):
         rows.append(row(messages, [turn], blocks[k:k + 1], demo[k:k + 1], _shape(turn)))
         if k + 1 < len(turns):
             shown = demo[k] if demo else {"think": "", "response": None}
-            said = _turn_text(turn, shown["think"], shown["response"])
+            said = completion_text(turn, shown["think"], shown["response"])
             results = [{"role": "tool", "content": text} for text in observations[k]]
             messages = [*messages, {"role": "assistant", "content": said}, *results]
     return rows
@@ -616,15 +618,9 @@ def _assistant(message, what, schemas, struct):
     thought = _text(thought, what)
     calls = [_call(call, f"call {n} of {what}", schemas, struct) for n, call in enumerate(given, 1)]
     formatted = bool(rest.split_blocks(said))  # in the completion format already
-    text = _turn_text([call for _, call in calls], thought, None if formatted else said or None)
+    text = completion_text([call for _, call in calls], thought, None if formatted else said or None)
     text = f"{said}\n{text}" if formatted else text
     return text, [(id, call["name"]) for id, call in calls], True
-
-
-def _turn_text(calls, thought, response):
-    """An assistant turn in the completion format; a thought that nobody knows is left out."""
-    text = completion_text(calls, thought, response)
-    return text if thought else text.removeprefix("<think></think>\n")
 
 
 def _in_order(answers, calls, complete):

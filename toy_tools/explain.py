@@ -4,6 +4,10 @@ import torch
 
 import rest
 
+OVER = {"sequence": "the completion's sampled tokens and the number of completions",
+        "constant": "the number of completions and their largest length, --max-completion-tokens",
+        "token": "the sum of all weights"}
+
 
 def explain(engine, chat, row, cfg, paint=None):
     """The group of one row, rolled out, tagged, weighed, scored and turned into the loss, as text.
@@ -41,8 +45,7 @@ def explain(engine, chat, row, cfg, paint=None):
         region_table(batch, cfg),
         f"4. Completion {i + 1}, token by token",
         token_table(batch, chat, i, weights, share, paint),
-        "5. The loss: -w A, over the completion's sampled tokens and the number of completions; "
-        "all ratios are 1",
+        f"5. The loss: -w A, over {OVER[cfg.aggregation]}; all ratios are 1",
         f"this completion's tokens add up to {float(share[i].sum()):+.6f}\n"
         f"all completions' tokens add up to  {float(share.sum()):+.6f}\n"
         f"rest.policy_loss returns           {float(loss):+.6f}   "

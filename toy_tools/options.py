@@ -61,7 +61,7 @@ BOUNDS = rest.BOUNDS | {"at least -1": lambda x: x >= -1, "in [0, 1]": lambda x:
 # What a resumed run may change: none of these changes what is drawn or measured; more steps prolong it.
 FREE = {"name", "output_dir", "resume", "save_steps", "keep_steps", "steps", "device", "shared_prefix",
         "cuda_graph", "compile_decode", "gradient_checkpointing", "micro_batch", "micro_batch_tokens",
-        "show_every", "eval_batch"}
+        "show_every"}
 
 # Knobs that not every method reads, with those that do. A method of one's own may read any.
 ENTROPY = {"rest", "rest-static", "no-thought", "shuffled", "token-entropy"}
@@ -182,6 +182,7 @@ def misfits(run, cfg, device):
         (of_training, training, "--eval-only trains nothing"),
         (knobs - ROLLOUT, training, "--eval-only trains nothing"),
         ({"warm_start_steps"}, training or embedded, "--eval-only trains nothing"),
+        ({"warm_start_steps"}, embedded or not run.explain, "--explain trains nothing"),
         ({"data", "eval_data", "eval_rows", "eval_samples", "temperature", "max_turns", "tool_timeout"},
          not run.benchmarks, "--benchmarks have rows and turns of their own and are answered greedily"),
         ({"seed"}, embedded or not run.benchmarks, "--benchmarks are answered greedily"),
@@ -212,4 +213,4 @@ def misfits(run, cfg, device):
 
 def supervised(run):
     """Whether a --model gets supervised steps here; the embedded policy brings its own warm start."""
-    return bool(run.model) and run.warm_start_steps > 0 and not run.eval_only
+    return bool(run.model) and run.warm_start_steps > 0 and not (run.eval_only or run.explain)

@@ -98,7 +98,8 @@ def curve(files, out):
     """Picture (PNG, SVG, …) of one or more metrics.csv: exact-call rates, and region entropies and weights
     of the first; each point the mean of the last 5 steps.
 
-    Raises ImportError without matplotlib, the optional part it needs."""
+    Raises ImportError without matplotlib, the optional part it needs, ValueError for a file without one of
+    these columns."""
     try:
         import matplotlib
         matplotlib.use("Agg")
@@ -108,11 +109,17 @@ def curve(files, out):
     figure, (rate, entropy, weight) = plt.subplots(1, 3, figsize=(12, 3.2), constrained_layout=True)
     for k, file in enumerate(files):
         with open(file) as lines:
-            rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(lines)]
-        steps = [row["step"] for row in rows]
+            rows = list(csv.DictReader(lines))
+
+        def column(key):
+            try:
+                return [float(row[key]) for row in rows]
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{file} has no number {key} in every row: no curve of it") from error
 
         def smoothed(key):
-            return smooth([row[key] for row in rows])
+            return smooth(column(key))
+        steps = column("step")
         rate.plot(steps, smoothed("exact"), label=Path(file).parent.name if len(files) > 1 else None)
         if k == 0:
             for name in rest.PAPER_REGIONS:
@@ -136,8 +143,7 @@ def curve(files, out):
 
 # Settings in which compared runs may differ: they change neither what is drawn nor what is measured,
 FREE = {"name", "output_dir", "resume", "save_steps", "keep_steps", "device", "shared_prefix", "cuda_graph",
-        "compile_decode", "gradient_checkpointing", "micro_batch", "micro_batch_tokens", "eval_batch",
-        "show_every"}
+        "compile_decode", "gradient_checkpointing", "micro_batch", "micro_batch_tokens", "show_every"}
 # runs of different methods, also what is part of a method,
 OF_A_METHOD = {"raw_weight", "min_entropy", "alpha_format", "alpha_params", "alpha_thought", "weight_min",
                "weight_max", "top_entropy_fraction"}
@@ -224,7 +230,10 @@ def read(folder, name, otherwise):
     if not (folder / name).is_file():
         raise ValueError(f"{folder} has no {name}: {otherwise}, leave it out of the table")
     try:
-        return json.loads((folder / name).read_text())
+        value = json.loads((folder / name).read_text())
+        if not isinstance(value, dict):
+            raise ValueError("no object")
+        return value
     except ValueError as error:
         raise ValueError(f"{folder / name} is damaged, it holds no JSON ({error})") from error
 

@@ -383,8 +383,8 @@ def masked(row, rng):
 # ---- dialogues as text, and step by step ----
 
 def completion_text(calls, think, response=None):
-    """An assistant turn in the completion format: thought, then calls and/or response."""
-    blocks = [f"<think>{think}</think>"]
+    """An assistant turn in the completion format: thought, unless empty, then calls and/or response."""
+    blocks = [f"<think>{think}</think>"] if think else []
     if calls:
         shown = [{"name": call["name"], "arguments": call["arguments"]} for call in calls]
         lines = [json.dumps(call, ensure_ascii=False) for call in shown]
