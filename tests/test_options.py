@@ -46,10 +46,12 @@ def place(tmp_path_factory):
     tokenizer = byte_tokenizer()
     policy.tiny_policy(0, 2, progress=False)
     tokenizer.chat_template = TEMPLATE
-    for name in ("model", "nan", "short", "broken", "no-template", "no-weights", "opens", "grown"):
+    for name in ("model", "nan", "short", "broken", "no-template", "no-weights", "opens", "grown", "medium"):
         model = qwen3(layers=1)
         if name == "short":
             model.config.max_position_embeddings = 64
+        if name == "medium":
+            model.config.max_position_embeddings = 2000
         if name == "nan":
             model.lm_head.weight.data[3] = torch.nan
         model.save_pretrained(place / name)
@@ -169,7 +171,7 @@ TRAINING += cases("""
     --max-turns 2 --eval-data good.jsonl  ->  --max-turns
     --model model --data good.jsonl --warm-start-steps 2 --learning-rate 1e-4  ->  neither "demo" nor "target"
     --model opens --data target.jsonl --warm-start-steps 2 --learning-rate 1e-4  ->  of row 3 of target.jsonl
-    --model short --data wordy.jsonl --warm-start-steps 2 --learning-rate 1e-4  ->  does not fit
+    --model medium --data wordy.jsonl --warm-start-steps 2 --learning-rate 1e-4  ->  demonstration of row 3 of wordy
     --model opens --data good.jsonl --learning-rate 1e-4 --max-completion-tokens 1  ->  leaves none to sample
     --model grown --data good.jsonl --learning-rate 1e-4  ->  resize_token_embeddings
     --data all.jsonl  ->  category "all"

@@ -543,6 +543,24 @@ def test_the_command_measures_pools_and_goes_on_after_an_interruption(
         assert (tmp_path / "one.png").stat().st_size > 10_000
 
 
+def test_only_runs_that_differ_in_their_seed_are_pooled(tokenizer, tmp_path, monkeypatch):
+    """Of the four the third was trained by another method, the fourth is another model."""
+    def measured(point, folder, batches, methods, sketch, bar):
+        return {"run": str(point.run), "step": point.step}
+    pooled = []
+    monkeypatch.setattr(signal, "measure", measured)
+    monkeypatch.setattr(signal, "table", lambda points: pooled.append([p["run"][-1] for p in points]) or [])
+    monkeypatch.setattr(signal, "summary", lambda lines: "")
+    monkeypatch.setattr(signal, "write_csv", lambda lines, path: None)
+    monkeypatch.setattr(signal, "figure", lambda lines, path: None)
+    runs = [make_run(tmp_path / name, tokenizer, seed) for name, seed in zip("abcd", (0, 1, 0, 0))]
+    settings = json.loads((runs[2] / "config.json").read_text())
+    (runs[2] / "config.json").write_text(json.dumps(settings | {"config": settings["config"] | {"method": "grpo"}}))
+    qwen3(layers=1).save_pretrained(runs[3] / "checkpoint")
+    signal.main([*map(str, runs), *SMALL, "--steps", "4"])
+    assert pooled == [["a"], ["b"], ["c"], ["d"], ["a", "b"]]
+
+
 def test_a_prolonged_run_is_measured_by_the_clock_it_had(tokenizer, tmp_path):
     """Steps before the prolongation had another progress, and so other weights and rewards."""
     run = make_run(tmp_path / "a", tokenizer, steps=(0, 1, 2))

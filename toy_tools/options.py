@@ -213,4 +213,4 @@ def misfits(run, cfg, device):
 
 def supervised(run):
     """Whether a --model gets supervised steps here; the embedded policy brings its own warm start."""
-    return bool(run.model) and run.warm_start_steps > 0 and not (run.eval_only or run.explain)
+    return bool(run.model) and run.warm_start_steps > 0 and not run.eval_only

@@ -617,7 +617,7 @@ def load(run, number, folder, args):
 def parse(argv):
     parser = argparse.ArgumentParser(prog="python -m toy_tools.signal", description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
-                        help="folder of a run; several (other seeds) are measured and also pooled")
+                        help="folder of a run; several of other seeds alone are also pooled")
     parser.add_argument("--batches", type=int, default=32, help="mini-batches per checkpoint (n), at least 8")
     parser.add_argument("--prompts", type=int, default=0, help="prompts per mini-batch (P); 0: as the run")
     parser.add_argument("--group", type=int, default=0, help="completions per prompt (G); 0: as the run")
@@ -647,6 +647,7 @@ def main(argv=None):
         args = parse(argv)
         found = {run: checkpoints(run, args.steps) for run in args.runs}
         points = []
+        alike = {}  # what differs in its seed alone
         count = sum(map(len, found.values()))
         with tqdm(total=2 * args.batches * count, desc="mini-batches", unit="") as bar:
             for run, folders in found.items():
@@ -658,9 +659,7 @@ def main(argv=None):
                     name = f"step{step}-P{cfg.prompts}-G{cfg.group}-n{args.batches}-seed{args.seed}"
                     cache = run / "signal" / name
                     points.append(measure(point, cache, args.batches, args.methods, sketch, bar))
-        alike = {}
-        for point in points:
-            alike.setdefault((point["step"], point["prompts"], point["group"]), []).append(point)
+                    alike.setdefault((step, size, str(replace(cfg, seed=0))), []).append(points[-1])
         tables = [table([point]) for point in points]
         tables += [table(same) for same in alike.values() if len(same) > 1]
         lines = [line for part in tables for line in part]
