@@ -170,8 +170,9 @@ def check_prompts(what, source, rows, learner, cfg):
             raise ValueError(f"{where} cannot be written as a prompt: {error!r}") from error
         length = len(prompt)
         if len(opening) >= cfg.max_completion_tokens:
-            raise ValueError(f"the chat template writes the first {len(opening)} tokens of a completion itself: "
-                             f"--max-completion-tokens {cfg.max_completion_tokens} leaves none to sample")
+            raise ValueError(
+                f"the chat template writes the first {len(opening)} tokens of a completion itself: "
+                f"--max-completion-tokens {cfg.max_completion_tokens} leaves none to sample")
         largest = max(prompt + opening, default=0)
         if largest >= vocabulary:
             raise ValueError(
@@ -185,7 +186,8 @@ def check_prompts(what, source, rows, learner, cfg):
         out_of_reach += [number] * any(turn != spoken(turn, learner.chat) for turn in row["gold"])
     if out_of_reach:
         warn([f"the tokenizer cannot write the gold calls of {len(out_of_reach)} {what} rows as they stand, "
-              f"that of row {out_of_reach[0]} first (another Unicode form, say): no completion of them is exact"])
+              f"that of row {out_of_reach[0]} first (another Unicode form, say): none of their completions "
+              "can be exact"])
 
 
 def spoken(turn, chat):
@@ -333,8 +335,9 @@ def check_demonstrations(pairs, source, learner):
         except ValueError as error:
             raise ValueError(f"{where} cannot be imitated: {error}") from error
         if len(given) + len(learnt) > limit:
-            raise ValueError(f"{where} does not fit: with its prompt it has {len(given) + len(learnt)} tokens, "
-                             f"more than the model's context of {limit}")
+            raise ValueError(
+                f"{where} does not fit: with its prompt it has {len(given) + len(learnt)} tokens, more than "
+                f"the model's context of {limit}")
         form, correct, exact = rest.score_texts([text], row)
         if not exact:
             correct = "none" if correct is None else f"{correct:.2f}"

@@ -46,7 +46,7 @@ def place(tmp_path_factory):
     tokenizer = byte_tokenizer()
     policy.tiny_policy(0, 2, progress=False)
     tokenizer.chat_template = TEMPLATE
-    for name in ("model", "nan", "short", "broken", "no-template", "no-weights", "opens", "grown", "medium"):
+    for name in ("model", "nan", "short", "broken", "no-template", "no-weights", "opens", "medium", "grown"):
         model = qwen3(layers=1)
         if name == "short":
             model.config.max_position_embeddings = 64
@@ -72,7 +72,7 @@ def place(tmp_path_factory):
         "unknown": [{**row, "gold": [[{"name": "nope", "arguments": {}}]]}] * 4,
         "long": [row] * 2 + [{**row, "messages": [{"role": "user", "content": "x" * 3000}]}],
         "strange": [row] * 2 + [{**row, "tools": [{"function": {"name": "add"}}]}],
-        "bare": [row] * 3 + [{**row, "target": "<tool_call>"}], "all": [row] * 2 + [{**row, "category": "all"}],
+        "all": [row] * 2 + [{**row, "category": "all"}],
         "target": [{**row, "target": "<think>t</think>"}] * 2 + [{**row, "target": "<tool_call>"}],
         "wordy": [{**row, "target": "<think>t</think>"}] * 2 + [{**row, "target": "x" * 3000}]}
     for name, rows in files.items():
@@ -171,7 +171,7 @@ TRAINING += cases("""
     --max-turns 2 --eval-data good.jsonl  ->  --max-turns
     --model model --data good.jsonl --warm-start-steps 2 --learning-rate 1e-4  ->  neither "demo" nor "target"
     --model opens --data target.jsonl --warm-start-steps 2 --learning-rate 1e-4  ->  of row 3 of target.jsonl
-    --model medium --data wordy.jsonl --warm-start-steps 2 --learning-rate 1e-4  ->  demonstration of row 3 of wordy
+    --model medium --data wordy.jsonl --warm-start-steps 2 --learning-rate 1e-4  ->  row 3 of wordy.jsonl
     --model opens --data good.jsonl --learning-rate 1e-4 --max-completion-tokens 1  ->  leaves none to sample
     --model grown --data good.jsonl --learning-rate 1e-4  ->  resize_token_embeddings
     --data all.jsonl  ->  category "all"

@@ -555,7 +555,8 @@ def test_only_runs_that_differ_in_their_seed_are_pooled(tokenizer, tmp_path, mon
     monkeypatch.setattr(signal, "figure", lambda lines, path: None)
     runs = [make_run(tmp_path / name, tokenizer, seed) for name, seed in zip("abcd", (0, 1, 0, 0))]
     settings = json.loads((runs[2] / "config.json").read_text())
-    (runs[2] / "config.json").write_text(json.dumps(settings | {"config": settings["config"] | {"method": "grpo"}}))
+    settings["config"]["method"] = "grpo"
+    (runs[2] / "config.json").write_text(json.dumps(settings))
     qwen3(layers=1).save_pretrained(runs[3] / "checkpoint")
     signal.main([*map(str, runs), *SMALL, "--steps", "4"])
     assert pooled == [["a"], ["b"], ["c"], ["d"], ["a", "b"]]

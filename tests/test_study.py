@@ -72,7 +72,7 @@ def test_finished_runs_are_collected_and_read_again(tmp_path):
         config = {"config": {"method": "grpo", "seed": seed}, "run": {}}
         (folder / "config.json").write_text(json.dumps(config))
         for when, exact in (("before", 0.25), ("after", 0.5 + seed / 10)):
-            result = {"irrelevance": {"n": 4, "exact": exact, "correct": None}, "all": {"n": 4, "exact": exact}}
+            result = {name: {"n": 4, "exact": exact, "correct": None} for name in ("irrelevance", "all")}
             (folder / f"{when}.json").write_text(json.dumps(result))
         metrics = [",".join(["step", *study.TRAINING])]
         metrics += [",".join(map(str, [step, *[step / 8 + seed] * len(study.TRAINING)])) for step in range(3)]

@@ -433,7 +433,7 @@ def test_options_reach_a_loaded_model(tmp_path, monkeypatch):
 def test_demonstrations_that_the_reward_would_not_take_are_told(tmp_path, monkeypatch, capsys):
     """They are imitated all the same; what is exact is not mentioned, and an empty thought is none."""
     model, seen = chat_model(tmp_path / "model"), {}
-    monkeypatch.setattr(policy, "warm_start", lambda model, tokenizer, pairs, *a, **k: seen.update(pairs=pairs))
+    monkeypatch.setattr(policy, "warm_start", lambda *a, **k: seen.update(pairs=a[2]))
     row = {key: ROW[key] for key in ("messages", "tools", "gold")}
     other = {"name": "add", "arguments": {"a": 1, "b": 3}}
     rows = [{**row, "target": CALL}, {**row, "demo": [{}], "blocks": [["tool_call"]]}, {**row, "demo": [{}]},
@@ -442,7 +442,8 @@ def test_demonstrations_that_the_reward_would_not_take_are_told(tmp_path, monkey
     run(tmp_path, *args, str(write_rows(tmp_path / "some.jsonl", rows)), "--name", "some")
     assert [rest.score_texts([text], row)[2] for row, text in seen["pairs"]] == [True, True, False, False]
     told = capsys.readouterr().err
-    assert "2 of the 4 demonstrations in" in told and "row 3 (format 0, correctness 1.00) is the first" in told
+    assert "2 of the 4 demonstrations in" in told
+    assert "row 3 (format 0, correctness 1.00) is the first" in told
     run(tmp_path, *args, str(write_rows(tmp_path / "all.jsonl", rows[:2] * 2)), "--name", "all")
     assert "demonstrations" not in capsys.readouterr().err
 
@@ -454,7 +455,7 @@ def test_a_thought_that_the_template_opens_is_left_out_of_no_demonstration(tmp_p
     tokenizer.chat_template = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
                                "<|im_end|>\n{% endfor %}<|im_start|>assistant\n<think>")
     tokenizer.save_pretrained(folder)
-    monkeypatch.setattr(policy, "warm_start", lambda model, tokenizer, pairs, *a, **k: seen.update(pairs=pairs))
+    monkeypatch.setattr(policy, "warm_start", lambda *a, **k: seen.update(pairs=a[2]))
     run(tmp_path, "--model", str(folder), "--steps", "0", "--eval-rows", "0", "--noise", "0.5", "--name", "x")
     assert len(seen["pairs"]) > 10 and all(text.startswith("<think>") for _, text in seen["pairs"])
 
@@ -467,7 +468,8 @@ def test_gold_that_the_tokenizer_cannot_write_is_told(tmp_path, capsys):
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     tokenizer.save_pretrained(folder)
     row = {key: ROW[key] for key in ("messages", "gold")}
-    rows = [{**row, "gold": [[{"name": "go", "arguments": {"to": to}}]]} for to in ("Z\u00fcrich", "Zu\u0308rich")]
+    rows = [{**row, "gold": [[{"name": "go", "arguments": {"to": to}}]]}
+            for to in ("Z\u00fcrich", "Zu\u0308rich")]
     data = write_rows(tmp_path / "rows.jsonl", rows * 2)
     run(tmp_path, "--model", str(folder), "--data", str(data), "--steps", "0", "--warm-start-steps", "0",
         "--eval-rows", "0", "--name", "x")

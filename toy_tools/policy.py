@@ -307,7 +307,8 @@ def load_model(path, dtype=torch.float32, gradient_checkpointing=False, lora_ran
     dropout: whatever is random would make the importance ratio differ from 1.
 
     A folder with an adapter gives its base with that adapter. lora_rank: adapters are added and alone
-    trained; a run's checkpoint is kept for them, since the run may go on. Raises FileNotFoundError / ImportError / ValueError with what to do."""
+    trained; a run's checkpoint is kept for them, since the run may go on. Raises FileNotFoundError /
+    ImportError / ValueError with what to do."""
     path = str(path)
     of_run = Path(path) / "checkpoint"
     if any((of_run / name).exists() for name in ("config.json", lora.CONFIG)):
