@@ -1,5 +1,5 @@
 """figure.png, the README's: the best region weights beside ResT's, what weights are worth, and what came of
-it over eight seeds. `python results/figure.py`, from signal-toy.csv and toy-seeds.csv."""
+it over eight seeds. `python results/figure.py`, from signal-seeds.csv and toy-seeds.csv."""
 
 import csv
 import statistics
@@ -27,10 +27,11 @@ def rows(name):
         return list(csv.DictReader(file))
 
 
-def signal(method):
-    """The lines of a method in plain coordinates at the batch size that was rolled out, by step."""
-    lines = [line for line in rows("signal-toy.csv") if line["coordinates"] == "plain"]
-    return [line for line in lines if line["prompts"] == "8" and line["method"] == method]
+def signal(method, coordinates="plain", prompts=8):
+    """The lines of a method, pooled over seeds, by step; 8 prompts a mini-batch were rolled out."""
+    lines = [line for line in rows("signal-seeds.csv") if line["run"].startswith("pooled")]
+    lines = [line for line in lines if (line["coordinates"], line["method"]) == (coordinates, method)]
+    return [line for line in lines if float(line["prompts"]) == prompts]
 
 
 def weights(axis):
@@ -46,22 +47,23 @@ def weights(axis):
         axis.plot(here, [float(line[column]) for line in best], "o", color=colour, label=name)
         axis.plot(here, [float(line[column]) for line in rest], "_", color=colour, markersize=11)
     axis.set_xticks(at, [line["step"] for line in best])
-    axis.set_ylim(-0.1, 6)
-    axis.legend(frameon=False, fontsize=8, loc="upper left")
+    axis.set_ylim(bottom=-0.1)
+    axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.4, 1.0))
     axis.set_title("weight of a region:\nbest (dots) and ResT's (dashes)")
     axis.set_xlabel("step")
 
 
 def gains(axis):
-    for k, (method, colour, label) in enumerate((("curriculum", "C3", "ResT's region weights"),
-                                                 ("shuffled", "0.6", "the same, shuffled"))):
-        lines = signal(method)
-        at = [x + 0.15 * (k - 0.5) for x in range(len(lines))]
+    shown = (("ResT", "C3", signal("rest")),
+             ("ResT, as AdamW steps", "C0", signal("rest", "adamw", 19 * 8)),  # toy_tools.signal.FACTORS
+             ("ResT, shuffled", "0.6", signal("shuffled")))
+    for k, (label, colour, lines) in enumerate(shown):
+        at = [x + 0.15 * (k - 1) for x in range(len(lines))]
         axis.vlines(at, *([float(line[f"gain_{end}"]) for line in lines] for end in ("low", "high")), colour)
         axis.plot(at, [float(line["gain"]) for line in lines], "o", color=colour, label=label)
     axis.axhline(1.0, color="0.8", zorder=0)
     axis.set_xticks(range(len(lines)), [line["step"] for line in lines])
-    axis.set_ylim(0, 3)
+    axis.set_ylim(bottom=0)
     axis.legend(frameon=False, fontsize=8)
     axis.set_title("what weights are worth:\nefficiency over uniform weights")
     axis.set_xlabel("step")

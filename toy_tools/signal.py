@@ -527,6 +527,8 @@ def figure(lines, path):
         chosen = [line for line in here if line["method"] == method and line["prompts"] == prompts]
         if method != "curriculum":  # its weights are known
             chosen = [line for line in chosen if not math.isnan(line[f"{column}_low"])]
+        if not chosen:  # not measured
+            return
         at = [line["step"] + 0.008 * reach * k for line in chosen]
         low = [line[f"{column}_low"] for line in chosen]
         high = [line[f"{column}_high"] for line in chosen]
