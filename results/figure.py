@@ -27,11 +27,14 @@ def rows(name):
         return list(csv.DictReader(file))
 
 
-def signal(method, coordinates="plain", prompts=8):
-    """The lines of a method, pooled over seeds, by step; 8 prompts a mini-batch were rolled out."""
+def signal(method, as_adamw=False):
+    """The lines of a method, pooled over seeds, by step: of a gradient of the run's 16 prompts; or in AdamW's
+    coordinates and for its average, beta1 = 0.9, of which there is none at step 0."""
     lines = [line for line in rows("signal-seeds.csv") if line["run"].startswith("pooled")]
-    lines = [line for line in lines if (line["coordinates"], line["method"]) == (coordinates, method)]
-    return [line for line in lines if float(line["prompts"]) == prompts]
+    size = {line["step"]: 19 * 16 if as_adamw and line["step"] != "0" else 16 for line in lines}
+    lines = [line for line in lines if float(line["prompts"]) == size[line["step"]]]
+    kind = ("adamw" if as_adamw else "plain", method)
+    return [line for line in lines if (line["coordinates"], line["method"]) == kind]
 
 
 def weights(axis):
@@ -54,17 +57,19 @@ def weights(axis):
 
 
 def gains(axis):
-    shown = (("ResT", "C3", signal("rest")),
-             ("ResT, as AdamW steps", "C0", signal("rest", "adamw", 19 * 8)),  # toy_tools.signal.FACTORS
-             ("ResT, shuffled", "0.6", signal("shuffled")))
-    for k, (label, colour, lines) in enumerate(shown):
-        at = [x + 0.15 * (k - 1) for x in range(len(lines))]
+    shown = (("ResT's gradient", "C3", "C3", signal("rest")),
+             ("as AdamW steps", "C3", "white", signal("rest", as_adamw=True)),
+             ("shuffled", "0.6", "0.6", signal("shuffled")),
+             ("as AdamW steps", "0.6", "white", signal("shuffled", as_adamw=True)))
+    for k, (label, colour, inside, lines) in enumerate(shown):
+        at = [x + 0.13 * (k - 1.5) for x in range(len(lines))]
         axis.vlines(at, *([float(line[f"gain_{end}"]) for line in lines] for end in ("low", "high")), colour)
-        axis.plot(at, [float(line["gain"]) for line in lines], "o", color=colour, label=label)
+        gains = [float(line["gain"]) for line in lines]
+        axis.plot(at, gains, "o", color=colour, markerfacecolor=inside, label=label)
     axis.axhline(1.0, color="0.8", zorder=0)
     axis.set_xticks(range(len(lines)), [line["step"] for line in lines])
-    axis.set_ylim(bottom=0)
-    axis.legend(frameon=False, fontsize=8)
+    axis.set_ylim(0, 2.5)
+    axis.legend(frameon=False, fontsize=8, ncols=2, columnspacing=0.6, loc="upper right")
     axis.set_title("what weights are worth:\nefficiency over uniform weights")
     axis.set_xlabel("step")
 

@@ -377,8 +377,8 @@ def test_weights_of_regions_are_those_of_the_methods(tokenizer):
 
     draw = torch.Generator().manual_seed(0)
     gram = gram_of(torch.randn(8, 5, 50, dtype=torch.float64, generator=draw) + 0.5)
-    point = {"run": "a", "step": 1, "prompts": 2, "group": 2, "batches": 8, "columns": signal.REGIONS,
-             "gram": dict.fromkeys(signal.COORDINATES, gram), **facts}
+    point = {"run": "a", "step": 1, "prompts": 2, "of_run": 2, "group": 2, "batches": 8,
+             "columns": signal.REGIONS, "gram": dict.fromkeys(signal.COORDINATES, gram), **facts}
     share = facts["tokens"] / facts["tokens"].sum()
     for line in signal.table([point], 20):
         weights = torch.tensor([line[f"w_{name}"] for name in signal.REGIONS])
@@ -511,7 +511,7 @@ def test_the_command_measures_pools_and_goes_on_after_an_interruption(
     signal.main([*command, "--out", str(tmp_path / "one")])
     assert len(calls) == 3 + 2 * 8 * 4
     printed = capsys.readouterr().out
-    assert "step 3: 8 mini-batches of 2 prompts x 2" in printed
+    assert "step 3: 8 mini-batches of 2 prompts x 2; for the run's 2 prompts a step" in printed
     assert "pooled over 2, step 4: 16 mini-batches" in printed
     signal.main([*command, "--out", str(tmp_path / "two")])
     assert len(calls) == 3 + 2 * 8 * 4
@@ -600,6 +600,13 @@ def test_pooling_a_checkpoint_with_itself_changes_no_estimate(tokenizer, tmp_pat
         assert 0 < float(error.max()) < 16 / 64
         close(same, exact, rtol=1e-4, atol=float(1e-5 * exact.abs().max()))
     single, double = signal.table([found[0]], 50), signal.table([found[0]] * 2, 50)
+    larger = signal.table([found[0] | {"of_run": 8}], 50)  # a run with four times the prompts of a mini-batch
+    assert {line["prompts"] for line in larger} == {2.0, 8.0, 32.0, 152.0}
+    for line in larger:
+        if line["prompts"] in (2.0, 8.0):
+            (same,) = [one for one in single if all(one[key] == line[key] for key in (
+                "coordinates", "prompts", "method"))]
+            assert same["noise"] == pytest.approx(line["noise"], rel=1e-6, nan_ok=True)
     for a, b in zip(single, double):
         for key in ("signal", "spread", "efficiency", "w_text"):
             assert a[key] == pytest.approx(b[key], rel=1e-6, nan_ok=True), key

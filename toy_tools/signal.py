@@ -39,7 +39,7 @@ from toy_tools import chat, data, fast, policy, runs, tasks
 # the inner product of two gradients is the progress along one of a step along the other.
 COORDINATES = {"plain": 0.0, "half-adamw": 0.5, "adamw": 1.0}
 
-# Batch sizes in units of P. averaged: AdamW's first moment with beta1 = 0.9 has the variance of a batch
+# Batch sizes in units of the run's own, whatever P was rolled out. averaged: AdamW's first moment with beta1 = 0.9 has the variance of a batch
 # (1 + .9)/(1 - .9) times as large, as long as the parameters hardly move.
 FACTORS = {"a quarter": 0.25, "as run": 1.0, "four times": 4.0, "averaged": 19.0}
 
@@ -293,6 +293,7 @@ class Point:
     rows: list       # what mini-batches are drawn from
     cfg: object      # rest.Config of the run
     optimizer: dict  # AdamW's state_dict at that step
+    of_run: int      # the prompts of a step of the run; cfg has those of a mini-batch
     seed: int = 0
 
     @property
@@ -324,7 +325,8 @@ def measure(point, folder, batches, methods, sketch, bar):
         runs.write_json(folder / "settings.json", settings)
     if done.exists():
         bar.update(2 * batches)
-        return torch.load(done, weights_only=True) | {"run": str(point.run)}  # it may have moved
+        found = torch.load(done, weights_only=True)
+        return found | {"run": str(point.run), "of_run": point.of_run}  # it may have moved
 
     rollouts = [folder / f"rollout-{i}.pt" for i in range(batches)]
     squares = folder / "squares.pt"
@@ -361,7 +363,7 @@ def measure(point, folder, batches, methods, sketch, bar):
     found = {"run": str(point.run), "step": point.step, "prompts": cfg.prompts, "group": cfg.group,
              "batches": batches, "columns": [*REGIONS, *methods],
              "gram": grams(kept, [scale.cpu() for scale in scales]),
-             **region_facts([batch for batch, _ in loaded], cfg, point.progress)}
+             "of_run": point.of_run, **region_facts([batch for batch, _ in loaded], cfg, point.progress)}
     save(found, done)
     del kept
     for path in (*files, *rollouts, squares):
@@ -440,13 +442,15 @@ def table(points, draws=1000):
         counts.append(torch.cat([torch.ones_like(drawn[:1]), drawn]))
     place = {"run": points[0]["run"] if len(points) == 1 else f"pooled over {len(points)}",
              "step": points[0]["step"], "group": points[0]["group"],
-             "batches": sum(point["batches"] for point in points)}
+             "batches": sum(point["batches"] for point in points), "rolled_out": points[0]["prompts"]}
 
     lines = []
     for coordinates in COORDINATES:
         each = [split_moments(point["gram"][coordinates], c) for point, c in zip(points, counts)]
         for factor in FACTORS.values():
-            scaled = [[(M, S / factor) for M, S in parts] for parts in each]
+            prompts = factor * points[0]["of_run"]
+            larger = prompts / points[0]["prompts"]
+            scaled = [[(M, S / larger) for M, S in parts] for parts in each]
             whole, even, odd = [mean_moments(same) for same in zip(*scaled)]
             found = effects(points, [parts[0] for parts in scaled], whole, even, odd, uniform)
             M_1 = found["uniform"][1]
@@ -455,7 +459,7 @@ def table(points, draws=1000):
                 eta = ratio(along, square, M_1)
                 gain = torch.where(M_1 > 0, eta / reference, torch.nan)
                 spread = square - signal
-                line = place | {"coordinates": coordinates, "prompts": factor * points[0]["prompts"],
+                line = place | {"coordinates": coordinates, "prompts": prompts,
                                 "method": method, "signal": float(signal[0]), "spread": float(spread[0]),
                                 "noise": float(spread[0] / signal[0])}
                 w = torch.full((1, R), torch.nan) if w is None else w
@@ -478,8 +482,8 @@ def summary(lines):
     """The table that is printed: plain coordinates, the batch size of the run."""
     first = lines[0]
     size = first["prompts"] / FACTORS["a quarter"]
-    out = [f"{first['run']}, step {first['step']}: {first['batches']} mini-batches of {size:g} prompts x "
-           f"{first['group']}",
+    out = [f"{first['run']}, step {first['step']}: {first['batches']} mini-batches of {first['rolled_out']} prompts "
+           f"x {first['group']}; for the run's {size:g} prompts a step:",
            f"  {'':26}{'noise':>9}{'gain over uniform (95%)':>28}  w, token mean 1: {', '.join(REGIONS)}"]
     for line in lines:
         if line["coordinates"] == "plain" and line["prompts"] == size:
@@ -551,7 +555,8 @@ def figure(lines, path):
             axis.set_ylim(-0.5, 5)
             axis.set_title(f"{coordinates}: gain over uniform, {prompts:g} prompts ({label})", fontsize=9)
     for axis in axes[0, :2]:
-        axis.legend(fontsize=7)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=7)
     for axis in axes[-1]:
         axis.set_xlabel("step")
     grid.suptitle(run)
@@ -586,6 +591,7 @@ def load(run, number, folder, args):
     """The Point of a checkpoint."""
     settings = runs.read_json(run / "config.json")
     options = settings["run"]
+    of_run = settings["config"]["prompts"]
     try:
         cfg = rest.Config(**settings["config"])
     except TypeError as error:
@@ -613,7 +619,7 @@ def load(run, number, folder, args):
         instructions = settings["instructions"]
     talk = chat.TemplateChat(tokenizer, instructions, model)
     optimizer = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)["optimizer"]
-    return Point(run, number, fast.engine(model), talk, rows, cfg, optimizer, args.seed)
+    return Point(run, number, fast.engine(model), talk, rows, cfg, optimizer, of_run, args.seed)
 
 
 def parse(argv):
@@ -647,13 +653,13 @@ def parse(argv):
 def main(argv=None):
     try:
         args = parse(argv)
-        found = {run: checkpoints(run, args.steps) for run in args.runs}
+        folders = {run: checkpoints(run, args.steps) for run in args.runs}
         points = []
         alike = {}  # what differs in its seed alone
-        count = sum(map(len, found.values()))
+        count = sum(map(len, folders.values()))
         with tqdm(total=2 * args.batches * count, desc="mini-batches", unit="") as bar:
-            for run, folders in found.items():
-                for step, folder in folders.items():
+            for run, kept in folders.items():
+                for step, folder in kept.items():
                     point = load(run, step, folder, args)
                     cfg = point.cfg
                     size = sum(p.numel() for p in point.engine.model.parameters() if p.requires_grad)
@@ -661,7 +667,8 @@ def main(argv=None):
                     name = f"step{step}-P{cfg.prompts}-G{cfg.group}-n{args.batches}-seed{args.seed}"
                     cache = run / "signal" / name
                     points.append(measure(point, cache, args.batches, args.methods, sketch, bar))
-                    alike.setdefault((step, size, str(replace(cfg, seed=0))), []).append(points[-1])
+                    same = step, size, point.of_run, str(replace(cfg, seed=0))
+                    alike.setdefault(same, []).append(points[-1])
         tables = [table([point]) for point in points]
         tables += [table(same) for same in alike.values() if len(same) > 1]
         lines = [line for part in tables for line in part]
