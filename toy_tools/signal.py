@@ -39,8 +39,9 @@ from toy_tools import chat, data, fast, policy, runs, tasks
 # the inner product of two gradients is the progress along one of a step along the other.
 COORDINATES = {"plain": 0.0, "half-adamw": 0.5, "adamw": 1.0}
 
-# Batch sizes in units of the run's own, whatever P was rolled out. averaged: AdamW's first moment with beta1 = 0.9 has the variance of a batch
-# (1 + .9)/(1 - .9) times as large, as long as the parameters hardly move.
+# Batch sizes in units of the run's own, whatever P was rolled out. averaged: AdamW's first moment with
+# beta1 = 0.9 has the variance of a batch (1 + .9)/(1 - .9) times as large, once it is full and as long as the
+# parameters hardly move.
 FACTORS = {"a quarter": 0.25, "as run": 1.0, "four times": 4.0, "averaged": 19.0}
 
 REGIONS = list(rest.PAPER_REGIONS)
