@@ -483,8 +483,8 @@ def summary(lines):
     """The table that is printed: plain coordinates, the batch size of the run."""
     first = lines[0]
     size = first["prompts"] / FACTORS["a quarter"]
-    out = [f"{first['run']}, step {first['step']}: {first['batches']} mini-batches of {first['rolled_out']} prompts "
-           f"x {first['group']}; for the run's {size:g} prompts a step:",
+    out = [f"{first['run']}, step {first['step']}: {first['batches']} mini-batches of {first['rolled_out']} "
+           f"prompts x {first['group']}; for the run's {size:g} prompts a step:",
            f"  {'':26}{'noise':>9}{'gain over uniform (95%)':>28}  w, token mean 1: {', '.join(REGIONS)}"]
     for line in lines:
         if line["coordinates"] == "plain" and line["prompts"] == size:
