@@ -106,7 +106,7 @@ def figure():
                 band = [[end(values) for values in of_step] for end in (min, max)]
                 axes[row, 1].fill_between(range(len(of_step)), *band, alpha=0.2, linewidth=0)
         axes[row, 0].set_title(f"{title}: supervised")
-        axes[row, 1].set_title(f"{title}: ResT, mean of 5 steps; mean and range of {len(curves)} seeds")
+        axes[row, 1].set_title(f"{title}: ResT, {len(curves)} seeds")
     for axis in axes.flat:
         axis.set_xlabel("step")
         axis.set_ylabel("entropy (nats)")
