@@ -282,7 +282,7 @@ def keep_late(folder, run, first):
     for step in run.keep_steps:
         if step == first:
             folder.keep(step)
-        elif step < first and not (folder / "kept" / f"step{step}").exists():
+        elif step < first and not runs.kept_at(folder, step).exists():
             raise ValueError(f"--keep-steps {step} comes too late: {folder} has finished {first} steps")
 
 

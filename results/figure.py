@@ -18,6 +18,7 @@ from study import paired
 
 from toy_tools.picture import COLOURS
 from toy_tools.show import half_width, interval
+from toy_tools.signal import FACTORS
 
 LEFT = -0.14  # of the differences shown; one below it is written
 
@@ -31,7 +32,8 @@ def signal(method, as_adamw=False):
     """The lines of a method, pooled over seeds, by step: of a gradient of the run's 16 prompts; or in AdamW's
     coordinates and for its average, beta1 = 0.9, of which there is none at step 0."""
     lines = [line for line in rows("signal-seeds.csv") if line["run"].startswith("pooled")]
-    size = {line["step"]: 19 * 16 if as_adamw and line["step"] != "0" else 16 for line in lines}
+    averaged = 16 * FACTORS["averaged"]
+    size = {line["step"]: averaged if as_adamw and line["step"] != "0" else 16 for line in lines}
     lines = [line for line in lines if float(line["prompts"]) == size[line["step"]]]
     kind = ("adamw" if as_adamw else "plain", method)
     return [line for line in lines if (line["coordinates"], line["method"]) == kind]
