@@ -907,4 +907,4 @@ def test_a_fork_s_weighting_is_called_once_a_step_and_another_s_failure_ends_no_
     assert (tmp_path / "x" / "report.html").exists()
     recorded = json.loads((tmp_path / "x" / "episodes.jsonl").read_text().splitlines()[0])
     shown = recorded["groups"][0]["completions"][0]["w"]
-    assert "remembers" in shown and "rest" in shown and "fails" not in shown
+    assert shown["remembers"] == shown["grpo"] != shown["rest"] and "fails" not in shown
