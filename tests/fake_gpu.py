@@ -120,7 +120,8 @@ def project_line():
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
-        if name.startswith(ROOT) and name != __file__:
+        # a virtual environment may lie in the folder
+        if name.startswith(ROOT + os.sep) and "site-packages" not in name and name != __file__:
             return f"{os.path.relpath(name, ROOT)}:{frame.f_lineno}"
         frame = frame.f_back
     return "outside"

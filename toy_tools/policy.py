@@ -353,7 +353,7 @@ def read_model(path, dtype):
             import gguf  # noqa: F401
             from transformers import GgufConfig
         except ImportError as error:
-            raise ImportError("reading a .gguf file needs two optional packages: pip install gguf accelerate "
+            raise ImportError(f"reading {path} needs two optional packages: pip install gguf accelerate "
                               f"({error})") from error
         kwargs = {"gguf_file": file.name}
         quantization = {"quantization_config": GgufConfig(dequantize=True)}
