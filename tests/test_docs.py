@@ -25,6 +25,8 @@ def modules():
 @pytest.mark.parametrize("name", modules())
 def test_docstring_examples_are_true(name):
     """Each `>>>` of the file is run and answers what stands below it."""
+    if name == "toy_tools.trl_bridge":
+        pytest.importorskip("trl")
     module = importlib.import_module(name)
     written = len(re.findall(r"^\s*>>> ", Path(module.__file__).read_text(), re.M))
     failed, attempted = doctest.testmod(module)
